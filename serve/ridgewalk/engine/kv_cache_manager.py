@@ -1,0 +1,96 @@
+"""Block tables of the requests of one attention group: growth, prefix hits, release."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ridgewalk.engine.block_pool import BlockPool, hash_block
+from ridgewalk.engine.request import Request
+
+
+@dataclass(frozen=True)
+class PrefixHit:
+    """The longest cached prefix of a request."""
+
+    blocks: list[int]
+    num_tokens: int
+    num_unreferenced: int  # of `blocks`, those that nobody uses: acquiring them shrinks what is available
+
+
+class KVCacheManager:
+    """Maps a request's tokens to blocks of a `BlockPool`. Block tables only ever grow until they are released."""
+
+    def __init__(self, num_blocks: int, block_size: int, enable_prefix_caching: bool = True) -> None:
+        if block_size < 1:
+            raise ValueError(f"block_size must be at least 1, got {block_size}")
+        self.pool = BlockPool(num_blocks)
+        self.block_size = block_size
+        self.enable_prefix_caching = enable_prefix_caching
+
+    def blocks_for(self, num_tokens: int) -> int:
+        """Blocks that ``num_tokens`` tokens fill, the last one perhaps in part."""
+        return -(-num_tokens // self.block_size)
+
+    def find_prefix(self, request: Request) -> PrefixHit:
+        """Longest run of full blocks from the start that is cached. At least one token is always left to compute."""
+        blocks: list[int] = []
+        if self.enable_prefix_caching:
+            self._extend_hashes(request)
+            for block_hash in request.block_hashes[: (request.num_tokens - 1) // self.block_size]:
+                block = self.pool.find(block_hash)
+                if block is None:
+                    break
+                blocks.append(block)
+        unreferenced = sum(self.pool.is_unreferenced(block) for block in blocks)
+        return PrefixHit(blocks, len(blocks) * self.block_size, unreferenced)
+
+    def can_admit(self, request: Request, hit: PrefixHit) -> bool:
+        """True when every known token of the request fits beside what is used now."""
+        needed = self.blocks_for(request.num_tokens) - len(hit.blocks)
+        return needed <= self.pool.num_available - hit.num_unreferenced
+
+    def admit(self, request: Request, hit: PrefixHit) -> None:
+        """Give the request blocks for all its known tokens, the cached prefix first. Requires `can_admit`."""
+        self.pool.acquire(hit.blocks)
+        fresh = self.pool.allocate(self.blocks_for(request.num_tokens) - len(hit.blocks))
+        if fresh is None:
+            raise RuntimeError("admit() without can_admit()")
+        request.block_ids = hit.blocks + fresh
+        request.num_computed_tokens = hit.num_tokens
+
+    def grow(self, request: Request, num_tokens: int) -> bool:
+        """Extend the block table to hold ``num_tokens`` tokens; False (and nothing changed) when blocks are short."""
+        missing = self.blocks_for(num_tokens) - len(request.block_ids)
+        if missing <= 0:
+            return True
+        fresh = self.pool.allocate(missing)
+        if fresh is None:
+            return False
+        request.block_ids += fresh
+        return True
+
+    def publish_computed(self, request: Request, before: int, after: int) -> None:
+        """Make blocks findable that become full as computed tokens grow from ``before`` to ``after``.
+
+        Called when the step that computes them is scheduled: steps run in order, and a step writes all its KV of a
+        layer before it reads any, so that whoever finds them, in this very step too, reads what was written.
+        """
+        if not self.enable_prefix_caching:
+            return
+        first, last = before // self.block_size, min(after, request.num_tokens) // self.block_size
+        if last <= first:
+            return
+        self._extend_hashes(request)
+        for position in range(first, last):
+            self.pool.publish(request.block_ids[position], request.block_hashes[position])
+
+    def release(self, request: Request) -> None:
+        """Give all blocks back; what was published stays findable until evicted."""
+        self.pool.release(request.block_ids)
+        request.block_ids = []
+
+    def _extend_hashes(self, request: Request) -> None:
+        size, hashes = self.block_size, request.block_hashes
+        for position in range(len(hashes), request.num_tokens // size):
+            parent = hashes[-1] if hashes else b""
+            hashes.append(hash_block(parent, request.token_ids[position * size : (position + 1) * size]))

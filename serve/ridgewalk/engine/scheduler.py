@@ -1,0 +1,334 @@
+"""Which tokens are computed in which step. Pure: no torch, no Ray, no clock of its own.
+
+There is no prefill phase and no decode phase: every request has tokens, some of them computed, and each step lets
+``num_computed_tokens`` chase ``num_tokens`` within one token budget. Running requests come first, then waiting ones,
+and none of these in a step that had to preempt.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from ridgewalk.engine.batch_builder import BatchBuilder
+from ridgewalk.engine.kv_cache_manager import KVCacheManager, PrefixHit
+from ridgewalk.engine.request import FinishReason, Request, RequestStatus
+from ridgewalk.engine.scheduler_config import SchedulerConfig
+from ridgewalk.engine.step import NO_TOKEN, GroupBatch, GroupOutput, StepInput, StepOutput, TokenLogprobs
+
+
+class RequestTooLargeError(ValueError):
+    """The request could not be served even by an idle replica."""
+
+
+@dataclass(frozen=True)
+class NewToken:
+    """One token that a step gave one request."""
+
+    request: Request
+    token_id: int
+    logprobs: TokenLogprobs | None
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one step changed: the tokens it sampled and the requests that ended by them."""
+
+    step_id: int
+    new_tokens: list[NewToken]
+    ended: list[Request]
+
+
+@dataclass
+class SchedulerCounters:
+    """Totals since the start; they only grow."""
+
+    num_preemptions: int = 0
+    recomputed_tokens: int = 0
+    prefix_cache_queries: int = 0  # prompt tokens looked up
+    prefix_cache_hits: int = 0  # of these, found
+    prompt_tokens: int = 0
+    generation_tokens: int = 0
+    steps: int = 0
+
+
+@dataclass
+class AttentionGroup:
+    """Ranks that share one KV cache, and the requests whose KV is in it."""
+
+    kv: KVCacheManager
+    running: list[Request] = field(default_factory=list)  # in the order of admission
+
+
+@dataclass
+class _Plan:
+    """One group's share of the step being scheduled."""
+
+    group: AttentionGroup
+    budget: int
+    rows: list[tuple[Request, int]] = field(default_factory=list)  # request, tokens to compute
+
+    def add(self, request: Request, num_tokens: int) -> None:
+        self.rows.append((request, num_tokens))
+        self.budget -= num_tokens
+
+
+class Scheduler:
+    """All queues and KV accounting of one replica.
+
+    Every method is called from one thread. ``now`` is any monotonic time in seconds.
+    """
+
+    def __init__(self, config: SchedulerConfig) -> None:
+        self.config = config
+        self.groups = [
+            AttentionGroup(KVCacheManager(config.num_blocks, config.block_size, config.enable_prefix_caching))
+            for _ in range(config.num_groups)
+        ]
+        self.waiting: deque[Request] = deque()
+        self.counters = SchedulerCounters()
+        self.throttled = False  # in the last `schedule()` work was left waiting for want of KV alone
+        self._requests: dict[int, Request] = {}  # by seq_id, until they end
+        self._in_flight: deque[tuple[int, list[list[tuple[Request, bool]]]]] = deque()  # step_id, rows by group
+        self._builder = BatchBuilder(config.num_groups)
+        self._next_step_id = 0
+
+    # -- requests ---------------------------------------------------------------------------------------------------
+
+    def add(self, request: Request) -> None:
+        """Queue a request.
+
+        Raises:
+            RequestTooLargeError: its prompt and ``max_tokens`` exceed the model length or the whole cache.
+        """
+        total = request.num_prompt_tokens + request.sampling.max_tokens
+        if total > self.config.max_model_len:
+            raise RequestTooLargeError(
+                f"the prompt has {request.num_prompt_tokens} tokens and max_tokens is {request.sampling.max_tokens}: "
+                f"together more than the model's context of {self.config.max_model_len} tokens"
+            )
+        if request.num_tokens < 1 or request.num_output_tokens >= request.sampling.max_tokens:
+            raise ValueError("a request needs at least one token to compute and one to generate")
+        self._requests[request.seq_id] = request
+        self.waiting.append(request)
+
+    def finish(self, seq_id: int, reason: FinishReason) -> Request | None:
+        """End a request from outside (client gone, stop string). None when it has ended already.
+
+        Its blocks are free at once, or when the steps in flight that refer to them have ended.
+        """
+        request = self._requests.get(seq_id)
+        if request is not None:
+            self._end(request, reason)
+        return request
+
+    @property
+    def num_running(self) -> int:
+        """Requests that hold KV blocks and have not ended."""
+        return sum(len(group.running) for group in self.groups)
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests not admitted yet, preempted ones included."""
+        return len(self.waiting)
+
+    @property
+    def num_in_flight(self) -> int:
+        """Steps scheduled and not yet updated."""
+        return len(self._in_flight)
+
+    def requests(self) -> Iterator[Request]:
+        """Every request that has not ended."""
+        return iter(self._requests.values())
+
+    # -- steps ------------------------------------------------------------------------------------------------------
+
+    def schedule(self, now: float, measure: bool = False) -> StepInput | None:
+        """The next step, or None when nothing can be computed now (idle, or all of it waits for steps in flight).
+
+        Raises:
+            RuntimeError: `max_steps_in_flight` steps are open already.
+        """
+        if len(self._in_flight) >= self.config.max_steps_in_flight:
+            raise RuntimeError("schedule() called with max_steps_in_flight steps open")
+        plans = [_Plan(group, self.config.max_num_batched_tokens) for group in self.groups]
+        preempted = [self._schedule_running(plan) for plan in plans]
+        self.throttled = any(preempted)
+        if not any(preempted):
+            self._schedule_waiting(plans, now)
+        if not any(plan.rows for plan in plans):
+            return None
+        step = StepInput(self._next_step_id, [self._commit(index, plan) for index, plan in enumerate(plans)], measure)
+        rows = [
+            [(request, samples) for (request, _), samples in zip(plan.rows, batch.samples, strict=True)]
+            for plan, batch in zip(plans, step.groups, strict=True)
+        ]
+        self._in_flight.append((step.step_id, rows))
+        self._next_step_id += 1
+        self.counters.steps += 1
+        return step
+
+    def update(self, output: StepOutput) -> StepResult:
+        """Take in the result of the oldest step in flight.
+
+        Raises:
+            RuntimeError: the output is of another step.
+        """
+        step_id, groups = self._in_flight.popleft()
+        if output.step_id != step_id:
+            raise RuntimeError(f"output of step {output.step_id} came while step {step_id} was due")
+        result = StepResult(step_id, [], [])
+        for rows, group_output in zip(groups, output.groups, strict=True):
+            self._update_group(rows, group_output, result)
+        return result
+
+    # -- scheduling -------------------------------------------------------------------------------------------------
+
+    def _schedule_running(self, plan: _Plan) -> bool:
+        """Plan running requests, decodes before prefill chunks (a long prompt must not stop others' tokens).
+
+        Returns True when a request was preempted to make room.
+        """
+        preempted = False
+        candidates = [request for request in plan.group.running if self._can_run(request)]
+        candidates.sort(key=lambda request: request.num_tokens_to_compute > 1)  # stable: admission order within each
+        for request in candidates:
+            if request.status is not RequestStatus.RUNNING or plan.budget == 0:
+                continue
+            num_tokens = min(request.num_tokens_to_compute, plan.budget)
+            while not plan.group.kv.grow(request, request.num_computed_tokens + num_tokens):
+                victim = self._choose_victim(plan)
+                if victim is None:
+                    break  # blocks come back when steps in flight end
+                preempted = True
+                self._preempt(victim, plan)
+                if victim is request:
+                    break
+            else:
+                plan.add(request, num_tokens)
+        return preempted
+
+    def _can_run(self, request: Request) -> bool:
+        if request.num_tokens_to_compute == 0:
+            return False
+        if request.num_in_flight == 0:
+            return True
+        return self.config.schedule_ahead and request.may_sample_more
+
+    def _choose_victim(self, plan: _Plan) -> Request | None:
+        """The last admitted request that no step in flight uses (its blocks must be free at once)."""
+        return next((request for request in reversed(plan.group.running) if request.num_in_flight == 0), None)
+
+    def _preempt(self, victim: Request, plan: _Plan) -> None:
+        """Take the victim's blocks; it starts again from the front of the queue and recomputes what it had."""
+        plan.group.running.remove(victim)
+        for row in [row for row in plan.rows if row[0] is victim]:
+            plan.rows.remove(row)
+            plan.budget += row[1]
+        plan.group.kv.release(victim)
+        victim.status = RequestStatus.WAITING
+        victim.num_computed_tokens = 0
+        victim.num_preemptions += 1
+        self._builder.forget(victim)
+        self.waiting.appendleft(victim)
+        self.counters.num_preemptions += 1
+
+    def _schedule_waiting(self, plans: list[_Plan], now: float) -> None:
+        while self.waiting:
+            request = self.waiting[0]
+            open_plans = [
+                plan for plan in plans if plan.budget > 0 and len(plan.group.running) < self.config.max_num_seqs
+            ]
+            choice = self._choose_group(request, open_plans)
+            if choice is None:
+                self.throttled = bool(open_plans)
+                return
+            plan, hit = choice
+            self.waiting.popleft()
+            self._admit(request, plan, hit, now)
+
+    def _choose_group(self, request: Request, plans: list[_Plan]) -> tuple[_Plan, PrefixHit] | None:
+        """The group that can hold the request with the longest cached prefix, then with most room."""
+        hits = [(plan, plan.group.kv.find_prefix(request)) for plan in plans]
+        fitting = [(plan, hit) for plan, hit in hits if plan.group.kv.can_admit(request, hit)]
+        return max(fitting, key=lambda item: (item[1].num_tokens, item[0].group.kv.pool.num_available), default=None)
+
+    def _admit(self, request: Request, plan: _Plan, hit: PrefixHit, now: float) -> None:
+        plan.group.kv.admit(request, hit)
+        request.status = RequestStatus.RUNNING
+        request.group = self.groups.index(plan.group)
+        plan.group.running.append(request)
+        if request.first_scheduled_time is None:
+            request.first_scheduled_time = now
+            request.num_cached_tokens = min(hit.num_tokens, request.num_prompt_tokens)
+            self.counters.prompt_tokens += request.num_prompt_tokens
+            self.counters.prefix_cache_queries += request.num_prompt_tokens
+            self.counters.prefix_cache_hits += request.num_cached_tokens
+        num_tokens = min(request.num_tokens_to_compute, plan.budget)
+        plan.add(request, num_tokens)
+        # Nothing preempts any more in this step: requests admitted next may share these blocks already.
+        plan.group.kv.publish_computed(request, hit.num_tokens, hit.num_tokens + num_tokens)
+
+    def _commit(self, index: int, plan: _Plan) -> GroupBatch:
+        """Advance the planned requests as if the step had run, and write it down for the ranks."""
+        batch = self._builder.build(index, plan.rows)
+        for (request, num_tokens), samples in zip(plan.rows, batch.samples, strict=True):
+            before = request.num_computed_tokens
+            request.num_computed_tokens += num_tokens
+            request.num_in_flight += 1
+            self.counters.recomputed_tokens += max(
+                0, min(request.max_computed_tokens, request.num_computed_tokens) - before
+            )
+            request.max_computed_tokens = max(request.max_computed_tokens, request.num_computed_tokens)
+            request.num_placeholders += samples
+            plan.group.kv.publish_computed(request, before, request.num_computed_tokens)
+        return batch
+
+    # -- results ----------------------------------------------------------------------------------------------------
+
+    def _update_group(self, rows: list[tuple[Request, bool]], output: GroupOutput, result: StepResult) -> None:
+        for row, (request, samples) in enumerate(rows):
+            request.num_in_flight -= 1
+            request.num_placeholders -= samples
+            if request.status is RequestStatus.ENDED:
+                self._release_if_idle(request)
+                continue
+            token_id = output.token_ids[row]
+            if not samples:
+                continue
+            if token_id == NO_TOKEN:
+                raise RuntimeError(f"step {result.step_id} brought no token for sequence {request.seq_id}")
+            request.token_ids.append(token_id)
+            self.counters.generation_tokens += 1
+            logprobs = output.logprobs[row] if output.logprobs is not None else None
+            result.new_tokens.append(NewToken(request, token_id, logprobs))
+            reason = _finish_reason(request, token_id)
+            if reason is not None:
+                self._end(request, reason)
+                result.ended.append(request)
+
+    def _end(self, request: Request, reason: FinishReason) -> None:
+        del self._requests[request.seq_id]
+        if request.status is RequestStatus.WAITING:
+            self.waiting.remove(request)
+        else:
+            self.groups[request.group].running.remove(request)
+            self._builder.forget(request)
+        request.status = RequestStatus.ENDED
+        request.finish_reason = reason
+        self._release_if_idle(request)
+
+    def _release_if_idle(self, request: Request) -> None:
+        if request.num_in_flight == 0 and request.block_ids:
+            self.groups[request.group].kv.release(request)
+
+
+def _finish_reason(request: Request, token_id: int) -> FinishReason | None:
+    sampling = request.sampling
+    if token_id in sampling.stop_token_ids and request.num_output_tokens >= sampling.min_tokens:
+        request.stop_token_id = token_id
+        return FinishReason.STOP
+    if request.num_output_tokens >= sampling.max_tokens:
+        return FinishReason.LENGTH
+    return None

@@ -1,0 +1,35 @@
+"""Limits of one replica's scheduler."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class SchedulerConfig:
+    """Limits per attention group unless said otherwise.
+
+    Raises:
+        ValueError: a limit is not positive, or a sequence of `max_model_len` tokens does not fit in the cache.
+    """
+
+    num_blocks: int
+    block_size: int = 16
+    max_model_len: int = 4096  # prompt + output tokens of one sequence
+    max_num_seqs: int = 256  # sequences running at once
+    max_num_batched_tokens: int = 2048  # tokens computed in one step
+    max_steps_in_flight: int = 1  # of the replica; over 1, steps are scheduled before earlier ones have ended
+    schedule_ahead: bool = False  # a sequence may be in several steps in flight (placeholders); needs one stage
+    num_groups: int = 1  # attention groups of the replica
+    enable_prefix_caching: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("num_blocks", "block_size", "max_model_len", "max_num_seqs", "max_num_batched_tokens",
+                     "max_steps_in_flight", "num_groups"):  # fmt: skip
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.max_model_len > self.num_blocks * self.block_size:
+            raise ValueError(
+                f"one sequence of max_model_len {self.max_model_len} tokens does not fit in {self.num_blocks} blocks "
+                f"of {self.block_size}; lower --max-model-len or raise --memory (or --num-blocks)"
+            )

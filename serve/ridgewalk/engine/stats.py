@@ -1,0 +1,67 @@
+"""A picture of the engine at one moment, for metrics and routing. Plain data."""
+
+from __future__ import annotations
+
+import msgspec
+
+from ridgewalk.engine.scheduler import AttentionGroup, Scheduler
+
+
+class GroupStats(msgspec.Struct, frozen=True):
+    """One attention group."""
+
+    used_blocks: int
+    cached_blocks: int  # evictable
+    free_blocks: int
+    unfilled_slots: int  # slots of used blocks that hold no computed token
+    num_running: int
+
+
+class EngineStats(msgspec.Struct, frozen=True):
+    """One replica. Counters grow from the replica's start."""
+
+    groups: list[GroupStats]
+    block_size: int
+    num_waiting: int
+    num_preemptions: int
+    recomputed_tokens: int
+    prefix_cache_queries: int
+    prefix_cache_hits: int
+    prompt_tokens: int
+    generation_tokens: int
+    steps: int
+    throttled: bool
+    throttled_seconds: float
+
+
+def snapshot(scheduler: Scheduler, throttled_seconds: float) -> EngineStats:
+    """Read everything off the scheduler."""
+    counters = scheduler.counters
+    return EngineStats(
+        groups=[_group_stats(group) for group in scheduler.groups],
+        block_size=scheduler.config.block_size,
+        num_waiting=scheduler.num_waiting,
+        num_preemptions=counters.num_preemptions,
+        recomputed_tokens=counters.recomputed_tokens,
+        prefix_cache_queries=counters.prefix_cache_queries,
+        prefix_cache_hits=counters.prefix_cache_hits,
+        prompt_tokens=counters.prompt_tokens,
+        generation_tokens=counters.generation_tokens,
+        steps=counters.steps,
+        throttled=scheduler.throttled,
+        throttled_seconds=throttled_seconds,
+    )
+
+
+def _group_stats(group: AttentionGroup) -> GroupStats:
+    """Shared blocks are full by construction, so unfilled slots are counted once although tables overlap."""
+    pool = group.kv.pool
+    return GroupStats(
+        used_blocks=pool.num_used,
+        cached_blocks=pool.num_cached,
+        free_blocks=pool.num_free,
+        unfilled_slots=sum(
+            len(request.block_ids) * group.kv.block_size - request.num_computed_tokens for request in group.running
+        ),
+        num_running=len(group.running),
+    )

@@ -1,0 +1,1 @@
+"""Models, hardware, meshes and memory as data: pure, no torch."""

@@ -1,0 +1,1 @@
+"""The Ray side: engine replicas, rank actors, executors and the token channel."""
