@@ -88,17 +88,28 @@ class LoadReport(msgspec.Struct, frozen=True, array_like=True):
     num_waiting: int
 
 
-class Attach(msgspec.Struct, frozen=True, tag="attach"):
-    """Ingress -> replica, first message of a connection. The secret was given to the replica through a Ray call."""
+class Introduction(msgspec.Struct, frozen=True):
+    """Ingress -> replica, a Ray call: who will attach to the channel, and its secret."""
 
     ingress_id: str
     secret: str
 
 
-class Heartbeat(msgspec.Struct, frozen=True, tag="heartbeat"):
-    """Ingress -> replica, every second: without one for 3 s the ingress's requests are aborted."""
+class ChannelAddress(msgspec.Struct, frozen=True):
+    """Replica -> ingress: the answer to an `Introduction`."""
+
+    endpoint: str  # tcp://address:port
+    epoch: str  # the replica's incarnation: frames of another one are stale
+
+
+class Attach(msgspec.Struct, frozen=True, tag="attach"):
+    """Ingress -> replica: opens the connection, then every second as a heartbeat.
+
+    The secret was given to the replica in an `Introduction`. Without a word for 3 s the ingress's requests are aborted.
+    """
 
     ingress_id: str
+    secret: str
 
 
 class Finish(msgspec.Struct, frozen=True, tag="finish"):
@@ -126,4 +137,4 @@ class Frame(msgspec.Struct, frozen=True, tag="frame"):
     load: LoadReport
 
 
-ToReplica = Attach | Heartbeat | Finish | Resend
+ToReplica = Attach | Finish | Resend

@@ -1,0 +1,241 @@
+"""The Serve application: ``serve run ridgewalk.app:build model=demo-dense``, and what ``ridgewalk serve`` runs."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ray import serve
+from ray.serve import Application
+from ray.serve.config import RequestRouterConfig
+from ray.serve.schema import LoggingConfig
+
+from ridgewalk.api.ingress import INGRESS_NAME, Ingress, IngressModel, IngressSettings
+from ridgewalk.config import (
+    LONGEST_STREAM_S,
+    ConfigError,
+    ModelConfig,
+    PlacementConfig,
+    ServeConfig,
+    load_config,
+    parse_config,
+)
+from ridgewalk.model_source import find_model
+from ridgewalk.placement.memory import MemoryPlan
+from ridgewalk.placement.model_spec import ModelSpec, validate_mesh
+from ridgewalk.replica.engine_config import EngineConfig
+from ridgewalk.replica.engine_replica import EngineReplica
+from ridgewalk.replica.host import memory_bytes
+from ridgewalk.replica.sizing import size_cache
+
+REPLICA_CPUS = 0.5
+INGRESS_CPUS = 0.5
+_ROUTER = RequestRouterConfig(request_router_class="ridgewalk.replica.pinned_router.PinnedRouter")
+_UNLIMITED = 1_000_000  # Serve's own limit; the scheduler's waiting queue is the real one
+_QUIET = LoggingConfig(log_level="WARNING", enable_access_log=False)
+
+
+@dataclass(frozen=True)
+class PlannedPlacement:
+    """One placement, checked and resolved: what the deployment will be told."""
+
+    deployment: str
+    replicas: int
+    engine: EngineConfig
+    memory_plan: MemoryPlan | None  # None when only the ranks' own devices can tell
+
+
+@dataclass(frozen=True)
+class PlannedModel:
+    """One model, resolved."""
+
+    name: str
+    path: Path
+    max_model_len: int
+    placements: list[PlannedPlacement]
+
+
+def resolve(config: ServeConfig, num_hosts: int = 1) -> list[PlannedModel]:
+    """Find every model and check that it can run where it shall, before anything starts.
+
+    Raises:
+        ConfigError: a model is missing, not supported, or does not fit; the message names the field and the remedy.
+    """
+    ranks_per_host = math.ceil(config.num_ranks / num_hosts)
+    return [_resolve_model(model, ranks_per_host) for model in config.models]
+
+
+def build_application(config: ServeConfig, models: list[PlannedModel]) -> Application:
+    """One Ingress deployment over one EngineReplica deployment per (model, placement)."""
+    handles = {model.name: [_engine(placement) for placement in model.placements] for model in models}
+    settings = IngressSettings(
+        [IngressModel(model.name, str(model.path), model.max_model_len) for model in models],
+        read_api_keys(config),
+        config.max_body_bytes,
+    )
+    ingress = serve.deployment(
+        name=INGRESS_NAME,
+        num_replicas=config.ingress_replicas,
+        max_ongoing_requests=_UNLIMITED,
+        ray_actor_options={"num_cpus": INGRESS_CPUS},
+        graceful_shutdown_timeout_s=LONGEST_STREAM_S,
+        request_router_config=_ROUTER,
+        logging_config=_QUIET,
+    )(serve.ingress()(Ingress))
+    return ingress.bind(settings, handles)
+
+
+def build(args: dict[str, Any]) -> Application:
+    """Builder for ``serve run`` and Serve config files.
+
+    ``args`` is a `ServeConfig` as plain data, or ``{"config": FILE}``, or the short form ``{"model": NAME}`` with any
+    fields of a model and of a placement.
+
+    Raises:
+        ConfigError: as `resolve`.
+    """
+    config = load_config(Path(args["config"])) if "config" in args else parse_config(_expand(args), "args")
+    return build_application(config, resolve(config))
+
+
+def read_api_keys(config: ServeConfig) -> list[str]:
+    """Keys of the configuration and of its key file, one a line.
+
+    Raises:
+        ConfigError: the file cannot be read or holds no key.
+    """
+    keys = list(config.api_keys)
+    if config.api_key_file is not None:
+        try:
+            lines = config.api_key_file.read_text().splitlines()
+        except OSError as error:
+            raise ConfigError(f"api_key_file: cannot read {config.api_key_file}: {error.strerror}") from None
+        found = [line.strip() for line in lines if line.strip()]
+        if not found:
+            raise ConfigError(f"api_key_file: {config.api_key_file} holds no key; write one a line")
+        keys += found
+    return keys
+
+
+def needed_cpus(config: ServeConfig) -> float:
+    """What the service asks of Ray's scheduler, in logical CPUs."""
+    engines = sum(
+        placement.num_replicas * (REPLICA_CPUS + placement.mesh.world_size * placement.cpus_per_rank)
+        for model in config.models
+        for placement in model.placements
+    )
+    return engines + config.ingress_replicas * INGRESS_CPUS
+
+
+def needed_gpus(config: ServeConfig) -> float:
+    """What the service asks of Ray's scheduler, in GPUs."""
+    return sum(
+        placement.num_replicas * placement.mesh.world_size * placement.gpus_per_rank
+        for model in config.models
+        for placement in model.placements
+    )
+
+
+def _expand(args: dict[str, Any]) -> dict[str, Any]:
+    """The short form as a full configuration."""
+    if "models" in args or "model" not in args:
+        return args
+    rest = dict(args)
+    placement = {key: rest.pop(key) for key in list(rest) if key in PlacementConfig.model_fields}
+    model = {key: rest.pop(key) for key in list(rest) if key in ModelConfig.model_fields}
+    if placement:
+        model["placements"] = [placement]
+    return {**rest, "models": [model]}
+
+
+def _resolve_model(model: ModelConfig, ranks_per_host: int) -> PlannedModel:
+    path = find_model(model.model)
+    name = model.served_name
+    try:
+        spec = ModelSpec.from_folder(path)
+        max_model_len = model.max_model_len or spec.max_position_embeddings
+        if max_model_len > spec.max_position_embeddings:
+            raise ConfigError(
+                f"max_model_len {max_model_len} is over the {spec.max_position_embeddings} positions the model was "
+                "made for; lower it"
+            )
+        num_replicas = sum(placement.num_replicas for placement in model.placements)
+        placements = [
+            _resolve_placement(model, name, path, spec, max_model_len, placement, num_replicas, ranks_per_host)
+            for placement in model.placements
+        ]
+    except ValueError as error:
+        raise ConfigError(f"model {name}: {error}") from None
+    return PlannedModel(name, path, max_model_len, placements)
+
+
+def _resolve_placement(
+    model: ModelConfig,
+    name: str,
+    path: Path,
+    spec: ModelSpec,
+    max_model_len: int,
+    placement: PlacementConfig,
+    num_replicas: int,
+    ranks_per_host: int,
+) -> PlannedPlacement:
+    mesh = placement.mesh
+    validate_mesh(spec, mesh)
+    engine = EngineConfig(
+        model_name=name,
+        placement=placement.name,
+        model_path=str(path),
+        dtype=spec.dtype if model.dtype == "auto" else model.dtype,
+        tp=mesh.tp,
+        pp=mesh.pp,
+        dp=mesh.dp,
+        max_model_len=max_model_len,
+        max_num_seqs=model.max_num_seqs,
+        max_num_batched_tokens=model.max_num_batched_tokens,
+        block_size=model.block_size,
+        enable_prefix_caching=model.enable_prefix_caching,
+        max_waiting=max(1, model.max_waiting // num_replicas),
+        memory=placement.memory,
+        num_blocks=placement.num_blocks,
+        device="cuda" if placement.gpus_per_rank > 0 else "cpu",
+        cpus_per_rank=placement.cpus_per_rank,
+        gpus_per_rank=placement.gpus_per_rank,
+        threads_per_rank=placement.threads_per_rank,
+        ranks_per_host=ranks_per_host,
+    )
+    plan = None
+    if engine.device == "cpu" or engine.memory is not None or engine.num_blocks is not None:
+        plan = size_cache(engine, spec, memory_bytes())
+        engine.scheduler_config(plan.num_blocks)  # refuses limits that cannot work
+    return PlannedPlacement(_deployment_name(name, placement.name), placement.num_replicas, engine, plan)
+
+
+def _deployment_name(model: str, placement: str) -> str:
+    return f"{re.sub(r'[^A-Za-z0-9_.-]+', '-', model)}-{placement}"
+
+
+def _engine(placement: PlannedPlacement) -> Application:
+    engine = placement.engine
+    group = {"CPU": engine.tp * engine.cpus_per_rank}
+    if engine.gpus_per_rank > 0:
+        group["GPU"] = engine.tp * engine.gpus_per_rank
+    deployment = serve.deployment(
+        name=placement.deployment,
+        num_replicas=placement.replicas,
+        max_ongoing_requests=_UNLIMITED,
+        ray_actor_options={"num_cpus": REPLICA_CPUS},
+        # One bundle per stage and tensor-parallel group: a bundle is never split over nodes.
+        placement_group_bundles=[{"CPU": REPLICA_CPUS}, *[group] * (engine.dp * engine.pp)],
+        placement_group_strategy="PACK",
+        health_check_period_s=1.0,
+        health_check_timeout_s=30.0,
+        graceful_shutdown_wait_loop_s=0.5,
+        graceful_shutdown_timeout_s=LONGEST_STREAM_S,
+        request_router_config=_ROUTER,
+        logging_config=_QUIET,
+        max_constructor_retry_count=2,
+    )(EngineReplica)
+    return deployment.bind(engine)

@@ -1,0 +1,152 @@
+"""The command line. Heavy imports wait until a command needs them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Optional
+
+import typer
+from rich.console import Console
+
+from ridgewalk import __version__
+from ridgewalk.config import ConfigError, ModelConfig, PlacementConfig, ServeConfig, load_config, parse_config
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
+ENGINE, PLACEMENT, SERVICE = "Engine", "Placement", "Service"
+
+
+def main() -> None:
+    """Console script. User errors are one sentence on standard error and exit status 2."""
+    try:
+        app()
+    except ConfigError as error:
+        Console(stderr=True, soft_wrap=True).print(f"[red]error:[/] {error}", highlight=False)
+        raise SystemExit(2) from None
+
+
+@app.callback(invoke_without_command=True)
+def _root(version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False) -> None:
+    """Serve reasoning LLMs on a Ray cluster."""
+    if version:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.command()
+def serve(
+    model: Annotated[Optional[str], typer.Argument(help="A zoo name (demo-dense), a folder or a hub id.")] = None,  # noqa: UP045
+    config: Annotated[
+        Path | None, typer.Option("-c", "--config", help="A YAML file instead of MODEL and its flags.")
+    ] = None,
+    tensor_parallel_size: Annotated[
+        int,
+        typer.Option("--tensor-parallel-size", "-tp", rich_help_panel=PLACEMENT, help="Ranks that share each layer."),
+    ] = 1,
+    pipeline_parallel_size: Annotated[
+        int,
+        typer.Option(
+            "--pipeline-parallel-size", "-pp", rich_help_panel=PLACEMENT, help="Stages of layers (not built yet)."
+        ),
+    ] = 1,
+    data_parallel_size: Annotated[
+        int,
+        typer.Option(
+            "--data-parallel-size", "-dp", rich_help_panel=PLACEMENT, help="For a dense model the same as --replicas."
+        ),
+    ] = 1,
+    enable_expert_parallel: Annotated[
+        bool,
+        typer.Option(
+            "--enable-expert-parallel", rich_help_panel=PLACEMENT, help="Spread experts over ranks (not built yet)."
+        ),
+    ] = False,
+    replicas: Annotated[int, typer.Option(rich_help_panel=PLACEMENT, help="Independent copies of the model.")] = 1,
+    memory: Annotated[
+        str | None,
+        typer.Option(
+            rich_help_panel=PLACEMENT,
+            help="Budget of a rank for weights and KV cache, e.g. 2GiB. Default: a share of the machine.",
+        ),
+    ] = None,
+    num_blocks: Annotated[
+        int | None, typer.Option(rich_help_panel=PLACEMENT, help="KV blocks of a replica, instead of --memory.")
+    ] = None,
+    gpus_per_rank: Annotated[float, typer.Option(rich_help_panel=PLACEMENT, help="Over 0, ranks run on CUDA.")] = 0.0,
+    threads_per_rank: Annotated[
+        int | None,
+        typer.Option(rich_help_panel=PLACEMENT, help="CPU threads of a rank. Default: the cores over the ranks."),
+    ] = None,
+    dtype: Annotated[str, typer.Option(rich_help_panel=ENGINE, help="auto, bfloat16, float16 or float32.")] = "auto",
+    max_model_len: Annotated[
+        int | None, typer.Option(rich_help_panel=ENGINE, help="Prompt + output tokens of a request.")
+    ] = None,
+    max_num_seqs: Annotated[int, typer.Option(rich_help_panel=ENGINE, help="Sequences computed at once.")] = 256,
+    max_num_batched_tokens: Annotated[
+        int, typer.Option(rich_help_panel=ENGINE, help="Tokens computed in one step.")
+    ] = 2048,
+    block_size: Annotated[int, typer.Option(rich_help_panel=ENGINE, help="Tokens of a KV block.")] = 16,
+    enable_prefix_caching: Annotated[
+        bool,
+        typer.Option(
+            "--enable-prefix-caching/--no-enable-prefix-caching",
+            rich_help_panel=ENGINE,
+            help="Reuse the KV of equal prefixes.",
+        ),
+    ] = True,
+    max_waiting: Annotated[
+        int, typer.Option(rich_help_panel=SERVICE, help="Waiting sequences per model; beyond it clients get 429.")
+    ] = 2048,
+    served_model_name: Annotated[str, typer.Option(rich_help_panel=SERVICE, help="What clients call the model.")] = "",
+    host: Annotated[str, typer.Option(rich_help_panel=SERVICE)] = "0.0.0.0",
+    port: Annotated[int, typer.Option(rich_help_panel=SERVICE)] = 8000,
+    ingress_replicas: Annotated[int, typer.Option(rich_help_panel=SERVICE, help="Processes that speak HTTP.")] = 1,
+    api_key: Annotated[
+        list[str] | None,
+        typer.Option(
+            envvar="RIDGEWALK_API_KEY", rich_help_panel=SERVICE, help="Key that clients must send; may be repeated."
+        ),
+    ] = None,
+    api_key_file: Annotated[Optional[Path], typer.Option(rich_help_panel=SERVICE, help="Keys, one a line.")] = None,  # noqa: UP045
+) -> None:
+    """Serve MODEL (or a configuration file) with an OpenAI-compatible API until Ctrl-C."""
+    values = dict(locals())
+    service = _service_config(values)
+    from ridgewalk.launch.service import ServiceError, run_service
+
+    console = Console(soft_wrap=True)
+    try:
+        run_service(service, console)
+    except ServiceError as error:
+        Console(stderr=True, soft_wrap=True).print(f"[red]error:[/] {error}", highlight=False)
+        raise typer.Exit(1) from None
+
+
+@app.command("make-model")
+def make_model(
+    directory: Annotated[Path, typer.Argument(help="Where to write it.")],
+    like: Annotated[str, typer.Option(help="q06b, q50m or moe: the shapes of the benchmark tables.")] = "q50m",
+    seed: Annotated[int, typer.Option(help="Seed of the random weights.")] = 0,
+) -> None:
+    """Write a random-weight checkpoint with a tokenizer, for benchmarks."""
+    from ridgewalk.zoo.random_checkpoint import make_random_checkpoint
+
+    try:
+        make_random_checkpoint(like, directory, seed=seed)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    typer.echo(f"wrote {directory}; serve it with: ridgewalk serve {directory}")
+
+
+def _service_config(values: dict[str, Any]) -> ServeConfig:
+    """The configuration that the flags of ``serve`` describe."""
+    model, path = values.pop("model"), values.pop("config")
+    if (model is None) == (path is None):
+        raise ConfigError("name either a MODEL or a configuration file (-c FILE)")
+    if path is not None:
+        return load_config(path)
+    api_keys = values.pop("api_key") or []
+    name = values.pop("served_model_name")
+    placement = {key: values.pop(key) for key in list(values) if key in PlacementConfig.model_fields}
+    engine = {key: values.pop(key) for key in list(values) if key in ModelConfig.model_fields}
+    described = {"model": model, "name": name, **engine, "placements": [placement]}
+    return parse_config({"models": [described], "api_keys": api_keys, **values}, "the command line")

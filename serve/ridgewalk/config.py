@@ -1,0 +1,176 @@
+"""`ServeConfig`: what a user writes in YAML (or as flags), validated once, with errors that name the field."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from ridgewalk.placement.mesh import Mesh, placement_name
+
+LONGEST_STREAM_S = 3600.0
+"""Replicas drain, and HAProxy keeps the workers of before a reload, for at least so long."""
+
+_SIZE_UNITS = {"": 1, "b": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40,
+               "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12, "k": 2**10, "m": 2**20, "g": 2**30}  # fmt: skip
+
+
+class ConfigError(ValueError):
+    """The configuration cannot be used; the message names the field and the remedy."""
+
+
+def parse_size(value: object) -> object:
+    """Bytes from ``"2GiB"``, ``"500MB"`` or a plain number. Other values are left for the validator to refuse.
+
+    Raises:
+        ValueError: a string that is not a size.
+    """
+    if not isinstance(value, str):
+        return value
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", value)
+    if match is None or match[2].lower() not in _SIZE_UNITS:
+        raise ValueError(f"{value!r} is not a size; write it as 2GiB, 512MiB or a number of bytes")
+    return int(float(match[1]) * _SIZE_UNITS[match[2].lower()])
+
+
+Size = Annotated[int, BeforeValidator(parse_size), Field(gt=0)]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class PlacementConfig(_Strict):
+    """``replicas`` copies of one mesh of ranks."""
+
+    replicas: int = Field(1, ge=1)
+    tensor_parallel_size: int = Field(1, ge=1)
+    pipeline_parallel_size: int = Field(1, ge=1)
+    data_parallel_size: int = Field(1, ge=1)
+    enable_expert_parallel: bool = False
+    memory: Size | None = None  # bytes per rank; None: a share of the machine (CPU) or of the device (GPU)
+    num_blocks: int | None = Field(None, ge=1)  # per attention group, instead of a memory budget
+    cpus_per_rank: float = Field(1.0, gt=0)  # what a rank asks of Ray's scheduler
+    gpus_per_rank: float = Field(0.0, ge=0)  # over 0: the rank runs on CUDA
+    threads_per_rank: int | None = Field(None, ge=1)  # None: the host's cores over the ranks on it
+
+    @model_validator(mode="after")
+    def _refuse_what_is_not_built(self) -> PlacementConfig:
+        if self.pipeline_parallel_size > 1:
+            raise ValueError("pipeline_parallel_size above 1 is not built yet; use tensor_parallel_size")
+        if self.enable_expert_parallel:
+            raise ValueError("enable_expert_parallel is not built yet; leave it off")
+        if self.memory is not None and self.num_blocks is not None:
+            raise ValueError("memory and num_blocks exclude each other; num_blocks states the KV cache directly")
+        return self
+
+    @property
+    def mesh(self) -> Mesh:
+        """Ranks of one replica. A dense model's data parallelism is replicas."""
+        return Mesh(tp=self.tensor_parallel_size, pp=self.pipeline_parallel_size)
+
+    @property
+    def num_replicas(self) -> int:
+        """Replicas, dense data parallelism included."""
+        return self.replicas * self.data_parallel_size
+
+    @property
+    def name(self) -> str:
+        """Placement name, e.g. ``DP2xTP2``."""
+        return placement_name(self.num_replicas, self.mesh)
+
+
+class ModelConfig(_Strict):
+    """One served model."""
+
+    model: str = Field(min_length=1)  # a zoo name, a local folder or a hub id
+    name: str = ""  # what clients call it; empty: `model` as given (a folder's own name)
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    max_model_len: int | None = Field(None, ge=2)  # None: what the model was made for
+    max_num_seqs: int = Field(256, ge=1)
+    max_num_batched_tokens: int = Field(2048, ge=1)
+    block_size: int = Field(16, ge=1)
+    enable_prefix_caching: bool = True
+    max_waiting: int = Field(2048, ge=1)  # waiting sequences per model; beyond it requests get 429
+    placements: list[PlacementConfig] = Field(default_factory=lambda: [PlacementConfig()], min_length=1)
+
+    @property
+    def served_name(self) -> str:
+        """The id in /v1/models."""
+        return self.name or (Path(self.model).name if Path(self.model).is_dir() else self.model)
+
+
+class ServeConfig(_Strict):
+    """A whole service: one Serve application."""
+
+    models: list[ModelConfig] = Field(min_length=1)
+    host: str = "0.0.0.0"
+    port: int = Field(8000, ge=1, le=65535)
+    ingress_replicas: int = Field(1, ge=1)
+    api_keys: list[str] = []
+    api_key_file: Path | None = None  # one key a line
+    max_body_bytes: Size = 16 * 2**20
+    app_name: str = "ridgewalk"
+
+    @model_validator(mode="after")
+    def _refuse_equal_names(self) -> ServeConfig:
+        names = [model.served_name for model in self.models]
+        for name in names:
+            if names.count(name) > 1:
+                raise ValueError(f"two models are called {name!r}; give each its own `name`")
+        for model in self.models:
+            shapes = [placement.name for placement in model.placements]
+            if len(set(shapes)) < len(shapes):
+                raise ValueError(f"model {model.served_name!r} lists a placement twice; raise its `replicas` instead")
+        return self
+
+    @property
+    def num_ranks(self) -> int:
+        """Ranks of the whole service."""
+        return sum(p.num_replicas * p.mesh.world_size for model in self.models for p in model.placements)
+
+
+def parse_config(data: Any, source: str = "the configuration") -> ServeConfig:
+    """Validate plain data.
+
+    Raises:
+        ConfigError: one sentence per field that is wrong.
+    """
+    if not isinstance(data, dict):
+        raise ConfigError(f"{source} must be a mapping with the key `models`, not {type(data).__name__}")
+    try:
+        return ServeConfig.model_validate(data)
+    except ValidationError as error:
+        problems = [f"{_path(item['loc'])}: {_sentence(item)}" for item in error.errors()]
+        raise ConfigError(f"{source} is wrong. " + "; ".join(problems)) from None
+
+
+def load_config(path: Path) -> ServeConfig:
+    """Read a YAML file.
+
+    Raises:
+        ConfigError: the file cannot be read, is not YAML, or is wrong.
+    """
+    try:
+        data = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror}") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+    return parse_config(data, str(path))
+
+
+def _path(location: tuple[int | str, ...]) -> str:
+    path = ""
+    for part in location:
+        path += f"[{part}]" if isinstance(part, int) else f".{part}" if path else part
+    return path or "configuration"
+
+
+def _sentence(item: Any) -> str:
+    if item["type"] == "extra_forbidden":
+        return "no such option"
+    return str(item["msg"]).removeprefix("Value error, ")

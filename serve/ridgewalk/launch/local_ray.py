@@ -1,0 +1,115 @@
+"""A Ray of our own on this machine: its environment, its ports, and a clean end."""
+
+from __future__ import annotations
+
+import logging
+import os
+import random
+import secrets
+import socket
+import time
+
+import psutil
+
+from ridgewalk.config import LONGEST_STREAM_S
+from ridgewalk.replica.host import free_port, num_cores
+
+MARK = "RIDGEWALK_SERVICE"
+"""Environment variable by which every process of a service is known, HAProxy included."""
+
+OBJECT_STORE_BYTES = 256 * 2**20  # nothing large travels through it
+KILL_AFTER_S = 4.0
+DIRECT_PORTS = 64  # for ingress replicas behind HAProxy
+
+
+def prepare_environment() -> str:
+    """Set what Ray and Serve read when they start. Returns the service's mark.
+
+    Serve's HAProxy has fixed default ports: with free ones two services live on one machine.
+    """
+    mark = secrets.token_hex(8)
+    first_direct = _free_range(DIRECT_PORTS)
+    os.environ.update(
+        {
+            MARK: mark,
+            "RAY_SERVE_ENABLE_HA_PROXY": "1",
+            "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": str(int(LONGEST_STREAM_S)),
+            "RAY_SERVE_HAPROXY_METRICS_PORT": str(free_port()),
+            "RAY_SERVE_HAPROXY_STATS_PORT": str(free_port()),
+            "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(free_port()),
+            "RAY_SERVE_FALLBACK_PROXY_GRPC_PORT": str(free_port()),
+            "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT": str(first_direct),
+            "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": str(first_direct + DIRECT_PORTS),
+            "RAY_USAGE_STATS_ENABLED": "0",
+            "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # the coming default; silences a warning of every actor
+            "RAY_DEDUP_LOGS": "0",
+        }
+    )
+    return mark
+
+
+def start_ray(cpus: float) -> None:
+    """Start Ray with room for ``cpus`` logical CPUs, whatever the machine has: ranks set their own thread counts."""
+    import ray
+
+    ray.init(
+        address="local",
+        num_cpus=max(num_cores(), int(cpus) + 2),
+        include_dashboard=False,
+        object_store_memory=OBJECT_STORE_BYTES,
+        logging_level=logging.ERROR,
+        log_to_driver=False,
+    )
+
+
+def stop_ray(mark: str) -> None:
+    """End Ray and everything that carries the mark, within `KILL_AFTER_S` and a little."""
+    import ray
+
+    ray.shutdown()
+    deadline = time.monotonic() + KILL_AFTER_S
+    remaining = marked_processes(mark)
+    for process in remaining:
+        _signal(process, "terminate")
+    while remaining and time.monotonic() < deadline:
+        _, remaining = psutil.wait_procs(remaining, timeout=0.2)
+    for process in remaining:
+        _signal(process, "kill")
+    psutil.wait_procs(remaining, timeout=2)
+
+
+def marked_processes(mark: str) -> list[psutil.Process]:
+    """Processes of the service, this one aside."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if process.pid != os.getpid() and process.environ().get(MARK) == mark:
+                found.append(process)
+        except (psutil.NoSuchProcess, psutil.AccessDenied, psutil.ZombieProcess):
+            continue
+    return found
+
+
+def _signal(process: psutil.Process, how: str) -> None:
+    try:
+        getattr(process, how)()
+    except psutil.NoSuchProcess:
+        return
+
+
+def _free_range(count: int) -> int:
+    """First of ``count`` ports that look free: below the kernel's ephemeral range, away from other services."""
+    for _ in range(50):
+        first = random.randrange(20000, 31000 - count, count)
+        if all(_is_free(port) for port in (first, first + 1, first + count - 1)):
+            return first
+    raise OSError("no free range of ports found between 20000 and 31000")
+
+
+def _is_free(port: int) -> bool:
+    with socket.socket() as probe:
+        try:
+            probe.bind(("", port))
+        except OSError:
+            return False
+    return True

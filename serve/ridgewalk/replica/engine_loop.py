@@ -1,0 +1,371 @@
+"""The thread that runs a replica's engine: calls in, steps to the ranks, one frame per step and ingress out."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import queue
+import threading
+import time
+from collections import defaultdict, deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import zmq
+
+from ridgewalk.engine.core import EngineCore
+from ridgewalk.engine.executor import Executor, ExecutorError
+from ridgewalk.engine.request import FinishReason, Request
+from ridgewalk.engine.scheduler import NewToken, RequestTooLargeError, StepResult
+from ridgewalk.engine.scheduler_config import SchedulerConfig
+from ridgewalk.engine.stats import EngineStats
+from ridgewalk.engine.step import RankTimings
+from ridgewalk.replica.call_ledger import CallLedger, CallRecord
+from ridgewalk.replica.channel_server import ChannelServer
+from ridgewalk.replica.protocol import (
+    Finish,
+    GenerateCall,
+    GenerateReply,
+    GroupLoad,
+    LoadReport,
+    ReplyStatus,
+    Resend,
+    SequenceEnd,
+    SequenceSpec,
+    TokenChunk,
+)
+
+logger = logging.getLogger(__name__)
+
+REPORT_EVERY_S = 0.1
+"""Every ingress hears of the replica's load at least so often, idle or not."""
+
+STUCK_AFTER_S = 60.0
+"""With work to do and no step finished for so long, the ranks are stuck."""
+
+UNKNOWN_RETRY_AFTER_S = 5.0
+"""What a refused client is told before any sequence has ended."""
+
+
+class StepRecorder(Protocol):
+    """Takes in what the engine measured; implemented by the metrics."""
+
+    def on_admitted(self, queue_seconds: float) -> None:
+        """A sequence was scheduled for the first time, so long after it arrived."""
+        ...
+
+    def on_ended(self, request: Request) -> None:
+        """A sequence ended."""
+        ...
+
+    def on_timings(self, ranks: list[RankTimings]) -> None:
+        """A measured step, one entry per rank."""
+        ...
+
+    def on_stats(self, stats: EngineStats) -> None:
+        """The engine's state now."""
+        ...
+
+
+@dataclass(frozen=True)
+class _Submit:
+    call: GenerateCall
+    reply: Callable[[GenerateReply], None]
+
+
+@dataclass(frozen=True)
+class _Cancel:
+    request_id: str
+
+
+@dataclass(frozen=True)
+class _Introduce:
+    ingress_id: str
+    secret: str
+
+
+class EngineLoop:
+    """Owns the engine, the executor and the channel; other threads reach it only through the methods here."""
+
+    def __init__(
+        self,
+        scheduler_config: SchedulerConfig,
+        executor: Executor,
+        recorder: StepRecorder,
+        address: str,
+        max_waiting: int,
+        executor_socket: zmq.Socket[bytes] | None = None,
+    ) -> None:
+        self._core = EngineCore(scheduler_config, executor, time.monotonic)
+        self._recorder = recorder
+        self._max_waiting = max_waiting
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._channel = ChannelServer(self._context, address)
+        self._ledger = CallLedger()
+        self._replies: dict[str, Callable[[GenerateReply], None]] = {}
+        self._owners: dict[int, CallRecord] = {}  # by seq_id
+        self._awaiting_admission: list[Request] = []
+        self._commands: queue.SimpleQueue[_Submit | _Cancel | _Introduce] = queue.SimpleQueue()
+        self._wake_read, self._wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        self._poller = zmq.Poller()
+        for source in (self._wake_read, self._channel.socket, executor_socket):
+            if source is not None:
+                self._poller.register(source, zmq.POLLIN)
+        self._executor_is_polled = executor_socket is not None
+        self._end_times: deque[float] = deque(maxlen=256)
+        self._last_report = 0.0
+        self._stopping = False
+        self.failure: str | None = None
+        self.endpoint, self.epoch = self._channel.endpoint, self._channel.epoch
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+
+    # -- from other threads -----------------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Start the thread."""
+        self._thread.start()
+
+    def submit(self, call: GenerateCall, reply: Callable[[GenerateReply], None]) -> None:
+        """Queue a call. ``reply`` is called once, on the engine's thread."""
+        self._command(_Submit(call, reply))
+
+    def cancel(self, request_id: str) -> None:
+        """Abort what is left of a call; nobody waits for its reply."""
+        self._command(_Cancel(request_id))
+
+    def introduce(self, ingress_id: str, secret: str) -> None:
+        """Let an ingress attach to the channel."""
+        self._command(_Introduce(ingress_id, secret))
+
+    def problem(self) -> str | None:
+        """A sentence when the replica should be replaced, else None."""
+        if self.failure is not None:
+            return self.failure
+        if self._core.has_work and time.monotonic() - self._core.last_progress > STUCK_AFTER_S:
+            return f"no step finished for {STUCK_AFTER_S:.0f} s although there is work"
+        return None
+
+    def stop(self) -> None:
+        """End the thread and the ranks. Idempotent."""
+        self._stopping = True
+        self._wake()
+        if self._thread.is_alive():
+            self._thread.join(timeout=10)
+
+    def _command(self, command: _Submit | _Cancel | _Introduce) -> None:
+        self._commands.put(command)
+        self._wake()
+
+    def _wake(self) -> None:
+        with contextlib.suppress(BlockingIOError):  # the pipe is full: the thread has a reason to wake already
+            os.write(self._wake_write, b"x")
+
+    # -- the thread -------------------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        try:
+            while not self._stopping:
+                self._turn()
+        except Exception as error:
+            self._fail(error)
+            while not self._stopping:  # refuse what still comes until Serve replaces the replica
+                self._poller.poll(100)
+                self._refuse_commands()
+        finally:
+            self._core.executor.close()
+            self._channel.close()
+
+    def _turn(self) -> None:
+        now = time.monotonic()
+        self._take_commands(now)
+        self._take_channel(now)
+        results = self._core.pump()
+        self._note_admissions()
+        self._deliver(results, time.monotonic())
+        for timings in self._core.executor.take_timings():
+            self._recorder.on_timings(timings)
+        if now - self._last_report >= REPORT_EVERY_S:
+            self._report(now)
+        # An in-process executor has no socket to wait on: its steps run when they are collected.
+        may_wait = self._executor_is_polled or self._core.scheduler.num_in_flight == 0
+        self._poller.poll(REPORT_EVERY_S * 1000 if may_wait else 0)
+
+    def _take_commands(self, now: float) -> None:
+        for command in self._drain_commands():
+            if isinstance(command, _Submit):
+                self._start_call(command, now)
+            elif isinstance(command, _Cancel):
+                record = self._ledger.get(command.request_id)
+                if record is not None:
+                    self._finish(record, -1, FinishReason.ABORT, now)
+            else:
+                self._channel.introduce(command.ingress_id, command.secret, now)
+
+    def _drain_commands(self) -> list[_Submit | _Cancel | _Introduce]:
+        try:
+            os.read(self._wake_read, 65536)
+        except BlockingIOError:
+            return []
+        commands = []
+        while True:
+            try:
+                commands.append(self._commands.get_nowait())
+            except queue.Empty:
+                return commands
+
+    def _refuse_commands(self) -> None:
+        for command in self._drain_commands():
+            if isinstance(command, _Submit):
+                command.reply(GenerateReply(ReplyStatus.MOVED))
+
+    def _start_call(self, command: _Submit, now: float) -> None:
+        call = command.call
+        if self._ledger.is_open(call.request_id):
+            command.reply(GenerateReply(ReplyStatus.MOVED))  # the ingress gave it up and came back before we noticed
+            return
+        if self._core.scheduler.num_waiting + len(call.sequences) > self._max_waiting:
+            command.reply(
+                GenerateReply(ReplyStatus.OVERLOADED, retry_after_s=self._retry_after(len(call.sequences), now))
+            )
+            return
+        record = self._ledger.open(call)
+        self._replies[call.request_id] = command.reply
+        for spec in call.sequences:
+            self._start_sequence(record, spec, now)
+
+    def _retry_after(self, num_new: int, now: float) -> float:
+        """Seconds until the queue has room, at the rate at which sequences have been ending lately."""
+        excess = self._core.scheduler.num_waiting + num_new - self._max_waiting
+        if len(self._end_times) < 2:
+            return UNKNOWN_RETRY_AFTER_S
+        rate = len(self._end_times) / max(now - self._end_times[0], 1e-3)
+        return max(1.0, excess / rate)
+
+    def _start_sequence(self, record: CallRecord, spec: SequenceSpec, now: float) -> None:
+        try:
+            request = self._core.add(
+                record.call.request_id, spec.index, spec.prompt_token_ids, spec.sampling, spec.output_token_ids
+            )
+        except ValueError as error:
+            status = 400 if isinstance(error, RequestTooLargeError) else 500
+            end = SequenceEnd(spec.index, "error", len(spec.output_token_ids), error=str(error), status=status)
+            self._end_sequence(record, end, now)
+            return
+        record.requests[spec.index] = request
+        record.first_offset[spec.index] = len(spec.output_token_ids)
+        if spec.sampling.logprobs is not None:
+            record.logprobs[spec.index] = []
+        self._owners[request.seq_id] = record
+        self._awaiting_admission.append(request)
+
+    def _take_channel(self, now: float) -> None:
+        for ingress_id, message in self._channel.receive(now):
+            record = self._ledger.get(message.request_id)
+            if record is None or record.call.ingress_id != ingress_id:
+                continue
+            if isinstance(message, Finish):
+                reason = FinishReason.STOP if message.reason == "stop" else FinishReason.ABORT
+                self._finish(record, message.index, reason, now)
+            else:
+                self._resend(record, message)
+        for ingress_id in self._channel.forget_silent(now):
+            records = self._ledger.open_calls(ingress_id)
+            if records:
+                logger.warning("ingress %s is gone; aborting its %d calls", ingress_id, len(records))
+            for record in records:
+                self._finish(record, -1, FinishReason.ABORT, now)
+
+    def _finish(self, record: CallRecord, index: int, reason: FinishReason, now: float) -> None:
+        for request in list(record.requests.values()):
+            if index in (-1, request.index) and self._core.finish(request, reason):
+                self._ended(request, now)
+
+    def _resend(self, record: CallRecord, message: Resend) -> None:
+        chunk = self._ledger.chunk_from(record, message.index, message.offset)
+        if chunk is not None:
+            self._channel.send(record.call.ingress_id, [chunk], self._load())
+
+    def _deliver(self, results: list[StepResult], now: float) -> None:
+        if not results:
+            return
+        frames: defaultdict[str, list[TokenChunk]] = defaultdict(list)
+        for result in results:
+            for token in result.new_tokens:
+                record = self._owners[token.request.seq_id]
+                frames[record.call.ingress_id].append(self._chunk(record, token))
+        load = self._load()
+        for ingress_id, chunks in frames.items():
+            self._channel.send(ingress_id, chunks, load)
+        for result in results:
+            for request in result.ended:
+                self._ended(request, now)
+
+    def _chunk(self, record: CallRecord, token: NewToken) -> TokenChunk:
+        request = token.request
+        logprobs = None
+        if token.logprobs is not None:
+            record.logprobs[request.index].append(token.logprobs)
+            logprobs = [token.logprobs]
+        offset = request.num_output_tokens - 1
+        return TokenChunk(
+            request.request_id, request.index, offset, [token.token_id], logprobs, request.num_cached_tokens
+        )
+
+    def _ended(self, request: Request, now: float) -> None:
+        record = self._owners.pop(request.seq_id)
+        self._end_times.append(now)
+        self._recorder.on_ended(request)
+        assert request.finish_reason is not None
+        end = SequenceEnd(
+            request.index,
+            request.finish_reason.value,
+            request.num_output_tokens,
+            request.num_cached_tokens,
+            request.stop_token_id,
+        )
+        self._end_sequence(record, end, now)
+
+    def _end_sequence(self, record: CallRecord, end: SequenceEnd, now: float) -> None:
+        reply = self._ledger.end_sequence(record, end, now)
+        if reply is not None:
+            self._replies.pop(record.call.request_id)(reply)
+
+    def _note_admissions(self) -> None:
+        still_waiting = []
+        for request in self._awaiting_admission:
+            if request.first_scheduled_time is not None:
+                self._recorder.on_admitted(request.first_scheduled_time - request.arrival_time)
+            elif request.finish_reason is None:
+                still_waiting.append(request)
+        self._awaiting_admission = still_waiting
+
+    def _report(self, now: float) -> None:
+        self._last_report = now
+        self._ledger.forget_old(now)
+        self._recorder.on_stats(self._core.stats())
+        load = self._load()
+        for ingress_id in self._channel.ingress_ids():
+            self._channel.send(ingress_id, [], load)
+
+    def _load(self) -> LoadReport:
+        scheduler = self._core.scheduler
+        groups = [
+            GroupLoad(pool.num_blocks, pool.num_used, pool.num_cached, len(group.running))
+            for group in scheduler.groups
+            for pool in (group.kv.pool,)
+        ]
+        return LoadReport(groups, scheduler.num_running, scheduler.num_waiting)
+
+    def _fail(self, error: Exception) -> None:
+        """The ranks are gone: every open call moves to another replica, with the tokens its ingress has."""
+        self.failure = str(error)
+        if isinstance(error, ExecutorError):
+            logger.error("the replica failed: %s", error)
+        else:
+            logger.exception("the engine failed")
+        for reply in self._replies.values():
+            reply(GenerateReply(ReplyStatus.MOVED))
+        self._replies.clear()
+        self._refuse_commands()

@@ -1,0 +1,96 @@
+"""`EngineReplica`: the Serve deployment around one engine. Torch-free; its ranks are actors of their own."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+
+import msgspec
+import ray
+from ray import serve
+from ray.util import get_current_placement_group
+
+from ridgewalk.metrics.engine_metrics import EngineMetrics
+from ridgewalk.placement.model_spec import ModelSpec
+from ridgewalk.replica.engine_config import EngineConfig
+from ridgewalk.replica.engine_loop import EngineLoop
+from ridgewalk.replica.protocol import ChannelAddress, GenerateCall, GenerateReply, Introduction, ReplyStatus
+from ridgewalk.replica.ray_ranks import RayRanks
+from ridgewalk.replica.zmq_executor import LoadProgress, ZmqExecutor
+
+logger = logging.getLogger(__name__)
+
+
+class EngineReplica:
+    """One replica of one placement. Every method takes the id of the replica that the caller meant."""
+
+    def __init__(self, config: EngineConfig) -> None:
+        context = serve.get_replica_context()
+        self._id = context.replica_id.unique_id
+        self._config = config
+        address = ray.util.get_node_ip_address()
+        spec = ModelSpec.from_folder(config.model_path)
+        executor = ZmqExecutor(config, spec, RayRanks(get_current_placement_group()), address, self._log_progress)
+        plan = executor.memory_plan
+        logger.info(
+            "%s %s: %d KV blocks of %d tokens (%d tokens), %.0f MiB of weights per rank",
+            config.model_name, config.placement, plan.num_blocks, plan.block_size, plan.kv_tokens,
+            plan.weight_bytes / 2**20,
+        )  # fmt: skip
+        self._metrics = EngineMetrics(config, replica=str(context.rank.rank), spec=spec, memory_plan=plan)
+        self._loop = EngineLoop(
+            config.scheduler_config(executor.num_blocks),
+            executor,
+            self._metrics,
+            address,
+            config.max_waiting,
+            executor.socket,
+        )
+        self._loop.start()
+
+    async def generate(self, call: bytes, replica_id: str) -> bytes:
+        """One `GenerateCall`, open until its last sequence ends; returns a `GenerateReply`."""
+        if replica_id != self._id:
+            return msgspec.msgpack.encode(GenerateReply(ReplyStatus.MOVED))
+        decoded = msgspec.msgpack.decode(call, type=GenerateCall)
+        event_loop = asyncio.get_running_loop()
+        reply: asyncio.Future[GenerateReply] = event_loop.create_future()
+        self._loop.submit(decoded, lambda value: event_loop.call_soon_threadsafe(_set, reply, value))
+        try:
+            return msgspec.msgpack.encode(await reply)
+        except asyncio.CancelledError:
+            self._loop.cancel(decoded.request_id)
+            raise
+
+    async def introduce(self, introduction: bytes, replica_id: str) -> bytes | None:
+        """An ingress will attach to the channel; returns a `ChannelAddress`, or None if another replica was meant."""
+        if replica_id != self._id or self._loop.failure is not None:
+            return None
+        decoded = msgspec.msgpack.decode(introduction, type=Introduction)
+        self._loop.introduce(decoded.ingress_id, decoded.secret)
+        return msgspec.msgpack.encode(ChannelAddress(self._loop.endpoint, self._loop.epoch))
+
+    async def metrics(self, replica_id: str) -> bytes | None:
+        """This replica's metrics as an encoded snapshot, or None if another replica was meant."""
+        return self._metrics.snapshot() if replica_id == self._id else None
+
+    def check_health(self) -> None:
+        """Serve replaces a replica for which this raises."""
+        problem = self._loop.problem()
+        if problem is not None:
+            raise RuntimeError(problem)
+
+    def __del__(self) -> None:
+        if hasattr(self, "_loop"):
+            self._loop.stop()
+
+    def _log_progress(self, progress: LoadProgress) -> None:
+        logger.info(
+            "%s %s: %d of %d MiB of weights read",
+            self._config.model_name, self._config.placement, progress.done_bytes >> 20, progress.total_bytes >> 20,
+        )  # fmt: skip
+
+
+def _set(future: asyncio.Future[GenerateReply], value: GenerateReply) -> None:
+    if not future.done():  # the caller may have gone meanwhile
+        future.set_result(value)

@@ -1,0 +1,225 @@
+"""The executor of ranks in other processes: one ZeroMQ message per step and rank, whoever started the processes."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import secrets
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import msgspec
+import zmq
+
+from ridgewalk.engine.executor import ExecutorError
+from ridgewalk.engine.step import RankTimings, StepInput, StepOutput
+from ridgewalk.placement.memory import MemoryPlan
+from ridgewalk.placement.model_spec import ModelSpec
+from ridgewalk.replica.engine_config import EngineConfig
+from ridgewalk.replica.rank_protocol import (
+    Begin,
+    Failed,
+    FromRank,
+    Hello,
+    Loading,
+    Measured,
+    RankLaunch,
+    Ready,
+    Run,
+    StepDone,
+    Stop,
+)
+from ridgewalk.replica.sizing import num_threads, size_cache
+
+logger = logging.getLogger(__name__)
+
+START_TIMEOUT_S = 120.0
+"""A rank that has not said `Hello` by then is not coming (no room on the cluster, a broken installation)."""
+
+
+class RankLauncher(Protocol):
+    """Starts rank processes and notices when one ends."""
+
+    def start(self, launches: list[RankLaunch]) -> None:
+        """Start every rank. Does not wait for them."""
+        ...
+
+    def ended(self) -> tuple[int, str] | None:
+        """A rank that has ended and why, or None while all run. Cheap: called every 100 ms."""
+        ...
+
+    def stop(self) -> None:
+        """End every rank now, hung ones too. Idempotent."""
+        ...
+
+
+@dataclass(frozen=True)
+class LoadProgress:
+    """How far the ranks have read their weights."""
+
+    done_bytes: int
+    total_bytes: int
+
+
+class ZmqExecutor:
+    """Implements `engine.executor.Executor` over any `RankLauncher`.
+
+    Raises:
+        ExecutorError: a rank failed or ended while starting; the message is a sentence.
+        MemoryPlanError: weights or one sequence do not fit.
+    """
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        spec: ModelSpec,
+        launcher: RankLauncher,
+        address: str = "127.0.0.1",
+        on_progress: Callable[[LoadProgress], None] = lambda progress: None,
+    ) -> None:
+        self.config = config
+        self.spec = spec
+        self._launcher = launcher
+        self._context = zmq.Context()
+        self.socket = self._context.socket(zmq.ROUTER)
+        self.socket.setsockopt(zmq.LINGER, 0)
+        self.socket.setsockopt(zmq.SNDHWM, 0)
+        self.socket.setsockopt(zmq.RCVHWM, 0)
+        self._encoder = msgspec.msgpack.Encoder()
+        self._decoder = msgspec.msgpack.Decoder(FromRank)
+        self._outputs: list[StepOutput] = []
+        self._timings: dict[int, list[RankTimings]] = {}
+        self._measured: list[list[RankTimings]] = []
+        self._closed = False
+        port = self.socket.bind_to_random_port(f"tcp://{address}")
+        self._identities = [f"{rank}-{secrets.token_hex(16)}".encode() for rank in range(config.world_size)]
+        endpoint = f"tcp://{address}:{port}"
+        try:
+            launcher.start(
+                [RankLaunch(config, rank, endpoint, identity) for rank, identity in enumerate(self._identities)]
+            )
+            self.memory_plan = self._begin(on_progress)
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def num_blocks(self) -> int:
+        """KV blocks of each attention group."""
+        return self.memory_plan.num_blocks
+
+    # -- engine.executor.Executor -----------------------------------------------------------------------------------
+
+    def submit(self, step: StepInput) -> None:
+        self._send_all(Run(step))
+
+    def wait(self, timeout_s: float) -> None:
+        self.socket.poll(int(timeout_s * 1000))
+
+    def collect(self) -> list[StepOutput]:
+        while (message := self._receive(0)) is not None:
+            if isinstance(message, StepDone):
+                self._outputs.append(message.output)
+            elif isinstance(message, Measured):
+                self._add_timings(message.timings)
+        if not self._outputs:
+            self.check_ranks()
+        outputs, self._outputs = self._outputs, []
+        return outputs
+
+    def take_timings(self) -> list[list[RankTimings]]:
+        measured, self._measured = self._measured, []
+        return measured
+
+    def close(self) -> None:
+        if self._closed:
+            return
+        self._closed = True
+        with contextlib.suppress(zmq.ZMQError):  # a rank that cannot hear it is ended by the launcher
+            self._send_all(Stop())
+        self._launcher.stop()
+        self.socket.close()
+        self._context.term()
+
+    # -- start ------------------------------------------------------------------------------------------------------
+
+    def check_ranks(self) -> None:
+        """Raise ExecutorError when a rank has ended."""
+        ended = self._launcher.ended()
+        if ended is not None:
+            while self._receive(0.2) is not None:
+                pass  # a last word of the rank says more than its exit status, and is raised by _receive
+            raise ExecutorError(f"rank {ended[0]} of {self.config.model_name} ended: {ended[1]}")
+
+    def _begin(self, on_progress: Callable[[LoadProgress], None]) -> MemoryPlan:
+        world = self.config.world_size
+        hellos = {message.rank: message for message in self._await(Hello, START_TIMEOUT_S, on_progress)}
+        hosts = {hello.host for hello in hellos.values()}
+        plan = size_cache(self.config, self.spec, min(hello.memory_bytes for hello in hellos.values()))
+        first = hellos[0]
+        threads = num_threads(self.config, world // len(hosts))
+        self._send_all(Begin(f"tcp://{first.address}:{first.free_port}", plan.num_blocks, threads))
+        self._await(Ready, None, on_progress)
+        return plan
+
+    def _await(
+        self, kind: type[Hello] | type[Ready], timeout_s: float | None, on_progress: Callable[[LoadProgress], None]
+    ) -> list[Hello | Ready]:
+        """One message of ``kind`` from every rank."""
+        received: list[Hello | Ready] = []
+        loading: dict[int, Loading] = {}
+        deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        while len(received) < self.config.world_size:
+            message = self._receive(0.1)
+            if isinstance(message, kind):
+                received.append(message)
+            elif isinstance(message, Loading):
+                loading[message.rank] = message
+                on_progress(
+                    LoadProgress(
+                        sum(item.done_bytes for item in loading.values()),
+                        sum(item.total_bytes for item in loading.values()),
+                    )
+                )
+            elif message is None:
+                self.check_ranks()
+                if deadline is not None and time.monotonic() > deadline:
+                    missing = self.config.world_size - len(received)
+                    raise ExecutorError(
+                        f"{missing} of {self.config.world_size} ranks of {self.config.model_name} did not start within "
+                        f"{timeout_s:.0f} s; check that the cluster has room for them (`ray status`)"
+                    )
+        return received
+
+    # -- wire -------------------------------------------------------------------------------------------------------
+
+    def _send_all(self, message: Begin | Run | Stop) -> None:
+        payload = self._encoder.encode(message)
+        for identity in self._identities:
+            self.socket.send_multipart([identity, payload])
+
+    def _receive(self, timeout_s: float) -> FromRank | None:
+        """The next message of a rank, or None.
+
+        Raises:
+            ExecutorError: it was the rank's last word.
+        """
+        while self.socket.poll(int(timeout_s * 1000)):
+            identity, payload = self.socket.recv_multipart()
+            if identity not in self._identities:
+                continue
+            message: FromRank = self._decoder.decode(payload)
+            if isinstance(message, Failed):
+                if message.traceback:
+                    logger.error("rank %d failed\n%s", message.rank, message.traceback)
+                raise ExecutorError(message.message)
+            return message
+        return None
+
+    def _add_timings(self, timings: RankTimings) -> None:
+        ranks = self._timings.setdefault(timings.step_id, [])
+        ranks.append(timings)
+        if len(ranks) == self.config.world_size:
+            self._measured.append(sorted(self._timings.pop(timings.step_id), key=lambda item: item.rank))

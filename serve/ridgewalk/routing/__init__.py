@@ -1,0 +1,1 @@
+"""Which replica takes a request: pure, no Ray, no torch, no clock of its own."""

@@ -1,0 +1,291 @@
+"""The engine loop and the ingress's stream, joined by real sockets: fake ranks, no Ray."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Callable
+
+import msgspec
+import pytest
+import zmq
+
+from ridgewalk.api.backend import BackendError, Sequence
+from ridgewalk.engine.executor import ExecutorError
+from ridgewalk.engine.request import Request
+from ridgewalk.engine.sampling import SamplingParams
+from ridgewalk.engine.scheduler_config import SchedulerConfig
+from ridgewalk.engine.stats import EngineStats
+from ridgewalk.engine.step import RankTimings, StepOutput
+from ridgewalk.replica.engine_loop import EngineLoop
+from ridgewalk.replica.protocol import Attach, ChannelAddress, Frame, GenerateCall, GenerateReply
+from ridgewalk.replica.replica_link import ReplicaLink
+from ridgewalk.replica.request_stream import RequestStream
+from tests.engine.fake_ranks import FakeExecutor, next_token
+
+BLOCK_SIZE = 4
+
+
+class Recorder:
+    """Keeps what the metrics would be told."""
+
+    def __init__(self) -> None:
+        self.ended: list[Request] = []
+        self.stats: EngineStats | None = None
+
+    def on_admitted(self, queue_seconds: float) -> None:
+        assert queue_seconds >= 0
+
+    def on_ended(self, request: Request) -> None:
+        self.ended.append(request)
+
+    def on_timings(self, ranks: list[RankTimings]) -> None:
+        raise AssertionError("the fake ranks measure nothing")
+
+    def on_stats(self, stats: EngineStats) -> None:
+        self.stats = stats
+
+
+class GatedExecutor(FakeExecutor):
+    """Runs a step only when let; can die."""
+
+    def __init__(self) -> None:
+        super().__init__(BLOCK_SIZE)
+        self.gate = threading.Semaphore(0)
+        self.open = True
+        self.dead = False
+
+    def collect(self) -> list[StepOutput]:
+        if self.dead:
+            raise ExecutorError("rank 0 ended: killed by SIGKILL")
+        if not self.open and not (self.submitted and self.gate.acquire(blocking=False)):
+            return []
+        return super().collect()
+
+
+class Replica:
+    """One replica's loop, with the handle that an ingress would have."""
+
+    def __init__(self, replica_id: str, max_waiting: int = 100) -> None:
+        self.replica_id = replica_id
+        self.executor = GatedExecutor()
+        self.recorder = Recorder()
+        config = SchedulerConfig(num_blocks=64, block_size=BLOCK_SIZE, max_model_len=128, max_num_seqs=4)
+        self.loop = EngineLoop(config, self.executor, self.recorder, "127.0.0.1", max_waiting)
+        self.loop.start()
+        self.generate = self  # handle.generate.remote(...)
+
+    async def remote(self, call: bytes, replica_id: str) -> bytes:
+        event_loop = asyncio.get_running_loop()
+        reply: asyncio.Future[GenerateReply] = event_loop.create_future()
+        decoded = msgspec.msgpack.decode(call, type=GenerateCall)
+        self.loop.submit(decoded, lambda value: event_loop.call_soon_threadsafe(reply.set_result, value))
+        return msgspec.msgpack.encode(await reply)
+
+    @property
+    def num_used_blocks(self) -> int:
+        return self.loop._core.scheduler.groups[0].kv.pool.num_used
+
+
+class Pool:
+    """Stands in for `ReplicaPool`: the first link that is not closed."""
+
+    def __init__(self, links: list[ReplicaLink]) -> None:
+        self.links = links
+
+    def choose(self, num_sequences: int) -> ReplicaLink | None:
+        return next((link for link in self.links if not link.closed), None)
+
+    async def wait_ready(self, timeout_s: float) -> bool:
+        return False
+
+    def drop(self, link: ReplicaLink) -> None:
+        link.close()
+
+
+Connect = Callable[..., Awaitable[tuple[Pool, list[Replica]]]]
+
+
+@pytest.fixture
+async def connect() -> AsyncIterator[Connect]:
+    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+    replicas: list[Replica] = []
+    links: list[ReplicaLink] = []
+
+    async def make(count: int = 1, **options: int) -> tuple[Pool, list[Replica]]:
+        for number in range(count):
+            replica = Replica(f"r{number}", **options)
+            replica.loop.introduce("ingress", "secret")
+            address = ChannelAddress(replica.loop.endpoint, replica.loop.epoch)
+            links.append(ReplicaLink(context, replica, f"r{number}", Attach("ingress", "secret"), address))  # type: ignore[arg-type]
+            replicas.append(replica)
+            await until(lambda: links[-1].ready)
+        return Pool(links), replicas
+
+    yield make
+    for link in links:
+        link.close()
+    for replica in replicas:
+        replica.loop.stop()
+    context.term()
+
+
+def stream(pool: Pool, prompts: list[list[int]], max_tokens: int = 8) -> RequestStream:
+    sequences = [Sequence(prompt, SamplingParams(max_tokens=max_tokens)) for prompt in prompts]
+    return RequestStream(pool, "ingress", uuid.uuid4().hex, sequences)  # type: ignore[arg-type]
+
+
+async def collect(requests: RequestStream, count: int) -> tuple[list[list[int]], list[str | None]]:
+    tokens: list[list[int]] = [[] for _ in range(count)]
+    reasons: list[str | None] = [None] * count
+    async for events in requests:
+        for event in events:
+            tokens[event.index] += event.token_ids
+            reasons[event.index] = event.finish_reason or reasons[event.index]
+    return tokens, reasons
+
+
+def expected(prompt: list[int], max_tokens: int) -> list[int]:
+    tokens = list(prompt)
+    for _ in range(max_tokens):
+        tokens.append(next_token(tokens))
+    return tokens[len(prompt) :]
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    while not condition():
+        await asyncio.sleep(0.005)
+
+
+async def test_every_token_of_every_sequence_arrives_once(connect: Connect) -> None:
+    pool, _ = await connect()
+    prompts = [[1, 2, 3], [4], [5, 6, 7, 8, 9, 10]]
+    tokens, reasons = await collect(stream(pool, prompts), 3)
+    assert tokens == [expected(prompt, 8) for prompt in prompts]
+    assert reasons == ["length"] * 3
+
+
+async def test_dropped_frames_are_asked_for_again(connect: Connect) -> None:
+    pool, _ = await connect()
+    link = pool.links[0]
+    take, dropped = link._take, []
+
+    def lossy(frame: Frame) -> None:
+        if frame.chunks and len(dropped) < 5:
+            dropped.append(frame)
+            return
+        take(frame)
+
+    link._take = lossy  # type: ignore[method-assign]
+    tokens, _ = await collect(stream(pool, [[1, 2]], 12), 1)
+    assert len(dropped) == 5
+    assert tokens == [expected([1, 2], 12)]
+
+
+async def test_all_frames_lost_until_the_reply_are_asked_for_again(connect: Connect) -> None:
+    pool, replicas = await connect()
+    link = pool.links[0]
+    take = link._take
+    link._take = lambda frame: take(frame) if replicas[0].recorder.ended else None  # type: ignore[method-assign]
+    tokens, _ = await collect(stream(pool, [[1, 2]], 6), 1)
+    assert tokens == [expected([1, 2], 6)]
+
+
+async def test_a_closed_stream_frees_its_blocks(connect: Connect) -> None:
+    pool, (replica,) = await connect()
+    replica.executor.open = False
+    request = stream(pool, [[1] * 20], 50)
+    replica.executor.gate.release(3)
+    async for events in request:
+        if events:
+            break
+    assert replica.num_used_blocks > 0
+    await request.aclose()
+    replica.executor.open = True
+    await until(lambda: len(replica.recorder.ended) == 1)
+    await until(lambda: replica.num_used_blocks == 0)
+    assert replica.recorder.ended[0].finish_reason is not None
+    assert replica.recorder.ended[0].finish_reason.value == "abort"
+
+
+async def test_streams_continue_on_another_replica_when_one_dies(connect: Connect) -> None:
+    pool, replicas = await connect(2)
+    replicas[0].executor.open = False
+    replicas[0].executor.gate.release(4)
+    request = stream(pool, [[1, 2, 3], [4, 5]], 10)
+    tokens: list[list[int]] = [[], []]
+    async for events in request:
+        for event in events:
+            tokens[event.index] += event.token_ids
+        if sum(map(len, tokens)) >= 4:
+            replicas[0].executor.dead = True
+    assert tokens == [expected([1, 2, 3], 10), expected([4, 5], 10)]
+    assert replicas[0].loop.problem() == "rank 0 ended: killed by SIGKILL"
+    resumed = [request for request in replicas[1].recorder.ended if request.num_computed_tokens]
+    assert len(resumed) == 2
+
+
+async def test_a_full_queue_is_refused_with_the_time_to_wait(connect: Connect) -> None:
+    pool, (replica,) = await connect(max_waiting=2)
+    replica.executor.open = False
+    blocked = stream(pool, [[1]] * 2, 5)
+    await until(lambda: replica.loop._core.scheduler.num_running == 2)
+    with pytest.raises(BackendError) as refusal:
+        await collect(stream(pool, [[2]] * 3), 3)
+    assert refusal.value.status == 429
+    assert refusal.value.retry_after_s == 5.0  # nothing has ended yet: unknown
+    replica.executor.open = True
+    await collect(blocked, 2)
+
+
+async def test_a_request_that_can_never_fit_is_a_client_error(connect: Connect) -> None:
+    pool, _ = await connect()
+    with pytest.raises(BackendError, match="120 tokens") as refusal:
+        await collect(stream(pool, [[1] * 120], 50), 1)
+    assert refusal.value.status == 400
+
+
+async def test_a_stop_from_the_ingress_ends_one_sequence(connect: Connect) -> None:
+    pool, (replica,) = await connect()
+    replica.executor.open = False
+    request = stream(pool, [[1, 2], [3]], 6)
+    replica.executor.gate.release(2)
+    seen = 0
+    stopped = False
+    reasons: dict[int, str] = {}
+    async for events in request:
+        seen += sum(len(event.token_ids) for event in events)
+        if seen >= 2 and not stopped:
+            stopped = True
+            request.finish(0, "stop")
+            await until(lambda: len(replica.recorder.ended) == 1)
+            replica.executor.open = True
+        for event in events:
+            if event.finish_reason:
+                reasons[event.index] = event.finish_reason
+    assert reasons == {0: "stop", 1: "length"}
+
+
+async def test_frames_with_another_secret_or_epoch_are_ignored(connect: Connect) -> None:
+    pool, (replica,) = await connect()
+    link = pool.links[0]
+    await until(lambda: link.ready)
+    link._epoch = "another"
+    link.load = None
+    request = stream(pool, [[1]], 2)
+    await until(lambda: len(replica.recorder.ended) == 1)
+    assert link.load is None
+    await request.aclose()
+    request._driver.cancel()
+
+
+async def test_a_silent_ingress_loses_its_requests(connect: Connect, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ridgewalk.replica.channel_server.HEARTBEAT_TIMEOUT_S", 0.2)
+    pool, (replica,) = await connect()
+    replica.executor.open = False
+    request = stream(pool, [[1] * 8], 20)
+    await until(lambda: len(replica.recorder.ended) == 1)
+    assert replica.recorder.ended[0].finish_reason is not None
+    assert replica.recorder.ended[0].finish_reason.value == "abort"
+    request._driver.cancel()
