@@ -70,7 +70,10 @@ def resolve(config: ServeConfig, num_hosts: int = 1) -> list[PlannedModel]:
 
 def build_application(config: ServeConfig, models: list[PlannedModel]) -> Application:
     """One Ingress deployment over one EngineReplica deployment per (model, placement)."""
-    handles = {model.name: [_engine(placement) for placement in model.placements] for model in models}
+    handles = {
+        model.name: {placement.engine.placement: _engine(placement) for placement in model.placements}
+        for model in models
+    }
     settings = IngressSettings(
         [IngressModel(model.name, str(model.path), model.max_model_len) for model in models],
         read_api_keys(config),
@@ -82,7 +85,6 @@ def build_application(config: ServeConfig, models: list[PlannedModel]) -> Applic
         max_ongoing_requests=_UNLIMITED,
         ray_actor_options={"num_cpus": INGRESS_CPUS},
         graceful_shutdown_timeout_s=LONGEST_STREAM_S,
-        request_router_config=_ROUTER,
         logging_config=_QUIET,
     )(serve.ingress()(Ingress))
     return ingress.bind(settings, handles)

@@ -19,7 +19,7 @@ from ridgewalk.engine.scheduler_config import SchedulerConfig
 from ridgewalk.engine.stats import EngineStats
 from ridgewalk.engine.step import RankTimings, StepOutput
 from ridgewalk.replica.engine_loop import EngineLoop
-from ridgewalk.replica.protocol import Attach, ChannelAddress, Frame, GenerateCall, GenerateReply
+from ridgewalk.replica.protocol import Attach, ChannelAddress, Frame, GenerateCall, GenerateReply, Introduction
 from ridgewalk.replica.replica_link import ReplicaLink
 from ridgewalk.replica.request_stream import RequestStream
 from tests.engine.fake_ranks import FakeExecutor, next_token
@@ -116,9 +116,9 @@ async def connect() -> AsyncIterator[Connect]:
     async def make(count: int = 1, **options: int) -> tuple[Pool, list[Replica]]:
         for number in range(count):
             replica = Replica(f"r{number}", **options)
-            replica.loop.introduce("ingress", "secret")
+            replica.loop.introduce(Introduction("ingress", "secret", "127.0.0.1:9"))
             address = ChannelAddress(replica.loop.endpoint, replica.loop.epoch)
-            links.append(ReplicaLink(context, replica, f"r{number}", Attach("ingress", "secret"), address))  # type: ignore[arg-type]
+            links.append(ReplicaLink(context, replica, "TP1", f"r{number}", Attach("ingress", "secret"), address))  # type: ignore[arg-type]
             replicas.append(replica)
             await until(lambda: links[-1].ready)
         return Pool(links), replicas

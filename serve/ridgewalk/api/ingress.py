@@ -42,17 +42,13 @@ class Ingress:
     """Tokenizes, routes, detokenizes, writes SSE. Torch-free."""
 
     async def __init__(self, settings: IngressSettings, handles: dict[str, dict[str, DeploymentHandle]]) -> None:
-        context = serve.get_replica_context()
         self._settings = settings
-        self._replica_id = context.replica_id.unique_id
-        self._metrics = IngressMetrics(str(context.rank.rank), [model.name for model in settings.models])
-        self._backend = ServiceBackend(
-            [load_served_model(model.name, model.path, max_model_len=model.max_model_len) for model in settings.models],
-            handles,
-            serve.get_deployment_handle(context.deployment, context.app_name),
-            self._replica_id,
-            self._metrics,
-        )
+        names = [model.name for model in settings.models]
+        self._metrics = IngressMetrics(str(serve.get_replica_context().rank.rank), names)
+        models = [
+            load_served_model(model.name, model.path, max_model_len=model.max_model_len) for model in settings.models
+        ]
+        self._backend = await ServiceBackend.connect(models, handles, self._metrics)
         await self._wait_ready()
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
@@ -63,10 +59,6 @@ class Ingress:
             version=__version__,
             observer=self._metrics,
         )
-
-    async def metrics(self, replica_id: str) -> bytes | None:
-        """This ingress's metrics as an encoded snapshot, or None if another one was meant."""
-        return self._metrics.snapshot() if replica_id == self._replica_id else None
 
     async def _wait_ready(self) -> None:
         """Until then the port refuses, rather than answer every early request with an error."""

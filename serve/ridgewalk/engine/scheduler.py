@@ -50,6 +50,7 @@ class SchedulerCounters:
     prefix_cache_hits: int = 0  # of these, found
     prompt_tokens: int = 0
     generation_tokens: int = 0
+    computed_tokens: int = 0  # recomputed ones included
     steps: int = 0
 
 
@@ -277,6 +278,7 @@ class Scheduler:
             before = request.num_computed_tokens
             request.num_computed_tokens += num_tokens
             request.num_in_flight += 1
+            self.counters.computed_tokens += num_tokens
             self.counters.recomputed_tokens += max(
                 0, min(request.max_computed_tokens, request.num_computed_tokens) - before
             )

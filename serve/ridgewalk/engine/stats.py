@@ -32,11 +32,14 @@ class EngineStats(msgspec.Struct, frozen=True):
     steps: int
     throttled: bool
     throttled_seconds: float
+    head_of_line_blocks: int = 0  # KV blocks that the first waiting sequence needs, prefix hits aside; 0: none waits
+    computed_tokens: int = 0  # recomputed ones included
 
 
 def snapshot(scheduler: Scheduler, throttled_seconds: float) -> EngineStats:
     """Read everything off the scheduler."""
     counters = scheduler.counters
+    head = scheduler.waiting[0] if scheduler.waiting else None
     return EngineStats(
         groups=[_group_stats(group) for group in scheduler.groups],
         block_size=scheduler.config.block_size,
@@ -50,6 +53,8 @@ def snapshot(scheduler: Scheduler, throttled_seconds: float) -> EngineStats:
         steps=counters.steps,
         throttled=scheduler.throttled,
         throttled_seconds=throttled_seconds,
+        head_of_line_blocks=scheduler.groups[0].kv.blocks_for(head.num_tokens) if head else 0,
+        computed_tokens=counters.computed_tokens,
     )
 
 

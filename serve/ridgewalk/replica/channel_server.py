@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import msgspec
 import zmq
 
-from ridgewalk.replica.protocol import Attach, Finish, Frame, LoadReport, Resend, TokenChunk, ToReplica
+from ridgewalk.replica.protocol import Attach, Finish, Frame, Introduction, LoadReport, Resend, TokenChunk, ToReplica
 
 logger = logging.getLogger(__name__)
 
@@ -22,7 +22,7 @@ SEND_QUEUE_FRAMES = 4096
 
 @dataclass
 class _Ingress:
-    secret: str
+    introduction: Introduction
     last_heard: float
     routing_id: bytes | None = None  # None until it attached
     dropped_frames: int = 0
@@ -44,9 +44,9 @@ class ChannelServer:
         self._encoder = msgspec.msgpack.Encoder()
         self._decoder = msgspec.msgpack.Decoder(ToReplica)
 
-    def introduce(self, ingress_id: str, secret: str, now: float) -> None:
+    def introduce(self, introduction: Introduction, now: float) -> None:
         """Accept an ingress; it came through Ray, so it is one of ours."""
-        self._ingresses[ingress_id] = _Ingress(secret, now)
+        self._ingresses[introduction.ingress_id] = _Ingress(introduction, now)
 
     def receive(self, now: float) -> list[tuple[str, Finish | Resend]]:
         """What attached ingresses ask for, with their ids. Never waits."""
@@ -67,7 +67,7 @@ class ChannelServer:
         ingress = self._ingresses.get(ingress_id)
         if ingress is None or ingress.routing_id is None:
             return
-        frame = Frame(self.epoch, ingress.secret, chunks, load)
+        frame = Frame(self.epoch, ingress.introduction.secret, chunks, load)
         try:
             self.socket.send_multipart([ingress.routing_id, self._encoder.encode(frame)], zmq.NOBLOCK)
         except zmq.Again:
@@ -82,6 +82,10 @@ class ChannelServer:
     def ingress_ids(self) -> list[str]:
         """Ingresses that frames are sent to."""
         return [ingress_id for ingress_id, ingress in self._ingresses.items() if ingress.routing_id is not None]
+
+    def introductions(self) -> list[Introduction]:
+        """Attached ingresses. May be called from any thread."""
+        return [ingress.introduction for ingress in list(self._ingresses.values()) if ingress.routing_id is not None]
 
     def forget_silent(self, now: float) -> list[str]:
         """Ingresses whose heartbeat ran out; they are forgotten."""
@@ -99,7 +103,7 @@ class ChannelServer:
     ) -> None:
         if isinstance(message, Attach):
             ingress = self._ingresses.get(message.ingress_id)
-            if ingress is not None and secrets.compare_digest(ingress.secret, message.secret):
+            if ingress is not None and secrets.compare_digest(ingress.introduction.secret, message.secret):
                 ingress.routing_id = routing_id
                 ingress.last_heard = now
             return

@@ -29,6 +29,7 @@ from ridgewalk.replica.protocol import (
     GenerateCall,
     GenerateReply,
     GroupLoad,
+    Introduction,
     LoadReport,
     ReplyStatus,
     Resend,
@@ -80,12 +81,6 @@ class _Cancel:
     request_id: str
 
 
-@dataclass(frozen=True)
-class _Introduce:
-    ingress_id: str
-    secret: str
-
-
 class EngineLoop:
     """Owns the engine, the executor and the channel; other threads reach it only through the methods here."""
 
@@ -107,7 +102,7 @@ class EngineLoop:
         self._replies: dict[str, Callable[[GenerateReply], None]] = {}
         self._owners: dict[int, CallRecord] = {}  # by seq_id
         self._awaiting_admission: list[Request] = []
-        self._commands: queue.SimpleQueue[_Submit | _Cancel | _Introduce] = queue.SimpleQueue()
+        self._commands: queue.SimpleQueue[_Submit | _Cancel | Introduction] = queue.SimpleQueue()
         self._wake_read, self._wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         self._poller = zmq.Poller()
         for source in (self._wake_read, self._channel.socket, executor_socket):
@@ -135,9 +130,13 @@ class EngineLoop:
         """Abort what is left of a call; nobody waits for its reply."""
         self._command(_Cancel(request_id))
 
-    def introduce(self, ingress_id: str, secret: str) -> None:
+    def introduce(self, introduction: Introduction) -> None:
         """Let an ingress attach to the channel."""
-        self._command(_Introduce(ingress_id, secret))
+        self._command(introduction)
+
+    def ingresses(self) -> list[Introduction]:
+        """Ingresses attached now."""
+        return self._channel.introductions()
 
     def problem(self) -> str | None:
         """A sentence when the replica should be replaced, else None."""
@@ -154,7 +153,7 @@ class EngineLoop:
         if self._thread.is_alive():
             self._thread.join(timeout=10)
 
-    def _command(self, command: _Submit | _Cancel | _Introduce) -> None:
+    def _command(self, command: _Submit | _Cancel | Introduction) -> None:
         self._commands.put(command)
         self._wake()
 
@@ -201,9 +200,9 @@ class EngineLoop:
                 if record is not None:
                     self._finish(record, -1, FinishReason.ABORT, now)
             else:
-                self._channel.introduce(command.ingress_id, command.secret, now)
+                self._channel.introduce(command, now)
 
-    def _drain_commands(self) -> list[_Submit | _Cancel | _Introduce]:
+    def _drain_commands(self) -> list[_Submit | _Cancel | Introduction]:
         try:
             os.read(self._wake_read, 65536)
         except BlockingIOError:

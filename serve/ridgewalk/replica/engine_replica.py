@@ -14,6 +14,7 @@ from ridgewalk.metrics.engine_metrics import EngineMetrics
 from ridgewalk.placement.model_spec import ModelSpec
 from ridgewalk.replica.engine_config import EngineConfig
 from ridgewalk.replica.engine_loop import EngineLoop
+from ridgewalk.replica.peer_metrics import ReplicaMetrics
 from ridgewalk.replica.protocol import ChannelAddress, GenerateCall, GenerateReply, Introduction, ReplyStatus
 from ridgewalk.replica.ray_ranks import RayRanks
 from ridgewalk.replica.zmq_executor import LoadProgress, ZmqExecutor
@@ -66,13 +67,14 @@ class EngineReplica:
         """An ingress will attach to the channel; returns a `ChannelAddress`, or None if another replica was meant."""
         if replica_id != self._id or self._loop.failure is not None:
             return None
-        decoded = msgspec.msgpack.decode(introduction, type=Introduction)
-        self._loop.introduce(decoded.ingress_id, decoded.secret)
+        self._loop.introduce(msgspec.msgpack.decode(introduction, type=Introduction))
         return msgspec.msgpack.encode(ChannelAddress(self._loop.endpoint, self._loop.epoch))
 
     async def metrics(self, replica_id: str) -> bytes | None:
-        """This replica's metrics as an encoded snapshot, or None if another replica was meant."""
-        return self._metrics.snapshot() if replica_id == self._id else None
+        """This replica's `ReplicaMetrics`, or None if another replica was meant."""
+        if replica_id != self._id:
+            return None
+        return msgspec.msgpack.encode(ReplicaMetrics(self._metrics.snapshot(), self._loop.ingresses()))
 
     def check_health(self) -> None:
         """Serve replaces a replica for which this raises."""

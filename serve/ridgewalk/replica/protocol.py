@@ -93,6 +93,7 @@ class Introduction(msgspec.Struct, frozen=True):
 
     ingress_id: str
     secret: str
+    endpoint: str  # address:port where other ingresses read its metrics
 
 
 class ChannelAddress(msgspec.Struct, frozen=True):

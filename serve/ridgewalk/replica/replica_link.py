@@ -23,11 +23,13 @@ class ReplicaLink:
         self,
         context: zmq.Context[zmq.Socket[bytes]],
         handle: DeploymentHandle,
+        placement: str,
         replica_id: str,
         attach: Attach,
         address: ChannelAddress,
     ) -> None:
         self.handle = handle
+        self.placement = placement
         self.replica_id = replica_id
         self.load: LoadReport | None = None
         self.num_sent = 0  # sequences sent since the last report

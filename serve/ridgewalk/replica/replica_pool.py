@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 
 import msgspec
 import ray
@@ -13,9 +12,9 @@ import zmq
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
-from ridgewalk.replica.pinned_router import running_replicas
 from ridgewalk.replica.protocol import Attach, ChannelAddress, Introduction
 from ridgewalk.replica.replica_link import ReplicaLink
+from ridgewalk.replica.router_registry import running_replicas
 from ridgewalk.routing.least_loaded import RoutingReason, choose_replica
 
 logger = logging.getLogger(__name__)
@@ -30,12 +29,13 @@ class ReplicaPool:
     def __init__(
         self,
         context: zmq.Context[zmq.Socket[bytes]],
-        ingress_id: str,
-        handles: Sequence[DeploymentHandle],
-        on_routed: Callable[[RoutingReason], None],
+        introduction: Introduction,
+        handles: Mapping[str, DeploymentHandle],
+        on_routed: Callable[[str, RoutingReason], None],
     ) -> None:
         self._context = context
-        self._attach = Attach(ingress_id, secrets.token_hex(16))
+        self._introduction = introduction
+        self._attach = Attach(introduction.ingress_id, introduction.secret)
         self._handles = handles
         self._on_routed = on_routed
         self._links: dict[str, ReplicaLink] = {}
@@ -49,12 +49,12 @@ class ReplicaPool:
 
     def maintain(self) -> None:
         """Follow Serve's list of replicas: connect to new ones, drop gone ones. Called several times a second."""
-        listed = {replica_id: handle for handle in self._handles for replica_id in running_replicas(handle)}
+        listed = {replica_id: placement for placement, replica_id in self.replicas()}
         for replica_id in [key for key, link in self._links.items() if key not in listed or link.silent]:
             self.drop(self._links[replica_id])
-        for replica_id, handle in listed.items():
+        for replica_id, placement in listed.items():
             if replica_id not in self._links and replica_id not in self._connecting:
-                self._connecting[replica_id] = asyncio.create_task(self._connect(handle, replica_id))
+                self._connecting[replica_id] = asyncio.create_task(self._connect(placement, replica_id))
         if self.ready:
             self._changed.set()
 
@@ -63,17 +63,25 @@ class ReplicaPool:
         for link in self._links.values():
             link.heartbeat()
 
-    def replicas(self) -> list[tuple[DeploymentHandle, str]]:
-        """Every running replica, reachable or not."""
-        return [(handle, replica_id) for handle in self._handles for replica_id in running_replicas(handle)]
+    def replicas(self) -> list[tuple[str, str]]:
+        """Placement and id of every running replica, reachable or not."""
+        return [
+            (placement, replica_id)
+            for placement, handle in self._handles.items()
+            for replica_id in running_replicas(handle)
+        ]
+
+    def handle(self, placement: str) -> DeploymentHandle:
+        """The handle of a placement's deployment."""
+        return self._handles[placement]
 
     def choose(self, num_sequences: int) -> ReplicaLink | None:
         """The replica for a request of so many sequences, or None while there is none."""
         decision = choose_replica(link.routing_load() for link in self._links.values() if link.ready)
         if decision is None:
             return None
-        self._on_routed(decision.reason)
         link = self._links[decision.replica_id]
+        self._on_routed(link.placement, decision.reason)
         link.num_sent += num_sequences
         return link
 
@@ -101,15 +109,17 @@ class ReplicaPool:
         for link in list(self._links.values()):
             self.drop(link)
 
-    async def _connect(self, handle: DeploymentHandle, replica_id: str) -> None:
-        introduction = Introduction(self._attach.ingress_id, self._attach.secret)
+    async def _connect(self, placement: str, replica_id: str) -> None:
+        handle = self._handles[placement]
         try:
             answer = await asyncio.wait_for(
-                _introduce(handle, msgspec.msgpack.encode(introduction), replica_id), CALL_TIMEOUT_S
+                _introduce(handle, msgspec.msgpack.encode(self._introduction), replica_id), CALL_TIMEOUT_S
             )
             if answer is not None:
                 address = msgspec.msgpack.decode(answer, type=ChannelAddress)
-                self._links[replica_id] = ReplicaLink(self._context, handle, replica_id, self._attach, address)
+                self._links[replica_id] = ReplicaLink(
+                    self._context, handle, placement, replica_id, self._attach, address
+                )
         except (asyncio.TimeoutError, ray.exceptions.RayError, RayServeException) as error:
             logger.warning("replica %s does not answer yet: %s", replica_id, type(error).__name__)
             await asyncio.sleep(0.5)

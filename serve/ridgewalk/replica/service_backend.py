@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
+from collections import Counter
 from collections.abc import Mapping, Sequence
 
+import msgspec
 import ray
 import zmq
 from ray.serve.exceptions import RayServeException
@@ -16,7 +18,9 @@ from ridgewalk.api.backend import Sequence as SequenceRequest
 from ridgewalk.api.backend import ServedModel, TokenStream
 from ridgewalk.metrics.exposition import merge
 from ridgewalk.metrics.ingress_metrics import IngressMetrics
-from ridgewalk.replica.pinned_router import running_replicas
+from ridgewalk.metrics.snapshot import decode
+from ridgewalk.replica.peer_metrics import PeerServer, ReplicaMetrics, ask_peer
+from ridgewalk.replica.protocol import Introduction
 from ridgewalk.replica.replica_pool import ReplicaPool
 from ridgewalk.replica.request_stream import RequestStream
 
@@ -26,43 +30,51 @@ MAINTAIN_EVERY_S = 0.2
 HEARTBEAT_EVERY = 5  # times MAINTAIN_EVERY_S
 METRICS_TIMEOUT_S = 2.0
 
+Handles = Mapping[str, Mapping[str, DeploymentHandle]]
+"""Of every engine deployment, by model name and placement."""
+
 
 class ServiceBackend:
-    """Made on the ingress's event loop, where everything in it happens."""
+    """Lives on the ingress's event loop, where everything in it happens. Made by `connect`."""
 
     def __init__(
         self,
         models: Sequence[ServedModel],
-        handles: Mapping[str, Sequence[DeploymentHandle]],
-        peers: DeploymentHandle,
-        own_replica_id: str,
+        handles: Handles,
         metrics: IngressMetrics,
+        introduction: Introduction,
+        peer_server: PeerServer,
     ) -> None:
         self._models = {model.name: model for model in models}
-        self._ingress_id = secrets.token_hex(8)
-        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._introduction = introduction
+        self._peer_server = peer_server
         self._metrics = metrics
-        self._peers = peers
-        self._own_replica_id = own_replica_id
+        context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._pools = {
             name: ReplicaPool(
-                self._context,
-                self._ingress_id,
+                context,
+                introduction,
                 handles[name],
-                lambda reason, name=name: metrics.on_routed(name, reason.value),
+                lambda placement, reason, name=name: metrics.on_routed(name, placement, reason.value),
             )
             for name in self._models
         }
         self._maintenance = asyncio.create_task(self._maintain())
+
+    @classmethod
+    async def connect(cls, models: Sequence[ServedModel], handles: Handles, metrics: IngressMetrics) -> ServiceBackend:
+        """Start following the replicas, and answering other ingresses."""
+        secret = secrets.token_hex(16)
+        peer_server = PeerServer(secret, metrics.snapshot)
+        endpoint = await peer_server.start(ray.util.get_node_ip_address())
+        return cls(models, handles, metrics, Introduction(secrets.token_hex(8), secret, endpoint), peer_server)
 
     @property
     def models(self) -> Mapping[str, ServedModel]:
         return self._models
 
     def generate(self, model: str, request_id: str, sequences: list[SequenceRequest]) -> TokenStream:
-        # The client may name its request; two that choose the same name must not meet in a replica.
-        unique_id = f"{request_id}.{secrets.token_hex(4)}"
-        return RequestStream(self._pools[model], self._ingress_id, unique_id, sequences)
+        return RequestStream(self._pools[model], self._introduction.ingress_id, request_id, sequences)
 
     def not_ready(self) -> str | None:
         missing = [name for name, pool in self._pools.items() if not pool.ready]
@@ -71,19 +83,29 @@ class ServiceBackend:
         return f"No replica of {', '.join(missing)} is ready yet."
 
     async def metrics(self) -> bytes:
-        replicas = [item for pool in self._pools.values() for item in pool.replicas()]
-        ingresses = [
-            (self._peers, replica_id)
-            for replica_id in running_replicas(self._peers)
-            if replica_id != self._own_replica_id
+        asked = [
+            (name, placement, asyncio.create_task(_ask_replica(pool.handle(placement), replica_id)))
+            for name, pool in self._pools.items()
+            for placement, replica_id in pool.replicas()
         ]
-        answers = await asyncio.gather(*(_snapshot(handle, replica_id) for handle, replica_id in replicas + ingresses))
-        snapshots = [answer for answer in answers if answer is not None]
-        return merge([self._metrics.snapshot(), *snapshots], num_missing=len(answers) - len(snapshots))
+        missing: Counter[tuple[str, str]] = Counter()
+        snapshots = [self._metrics.snapshot()]
+        peers: dict[str, Introduction] = {}
+        for name, placement, task in asked:
+            answer = await task
+            missing[name, placement] += answer is None
+            if answer is not None:
+                snapshots.append(answer.snapshot)
+                peers.update({peer.ingress_id: peer for peer in answer.ingresses})
+        peers.pop(self._introduction.ingress_id, None)
+        answers = await asyncio.gather(*(ask_peer(peer, METRICS_TIMEOUT_S) for peer in peers.values()))
+        snapshots += [answer for answer in answers if answer is not None]
+        return merge([decode(snapshot) for snapshot in snapshots], missing, answers.count(None))
 
     def close(self) -> None:
         """Stop following replicas."""
         self._maintenance.cancel()
+        self._peer_server.close()
         for pool in self._pools.values():
             pool.close()
 
@@ -101,11 +123,12 @@ class ServiceBackend:
             await asyncio.sleep(MAINTAIN_EVERY_S)
 
 
-async def _snapshot(handle: DeploymentHandle, replica_id: str) -> bytes | None:
+async def _ask_replica(handle: DeploymentHandle, replica_id: str) -> ReplicaMetrics | None:
     async def ask() -> bytes | None:
         return await handle.metrics.remote(replica_id=replica_id)
 
     try:
-        return await asyncio.wait_for(ask(), METRICS_TIMEOUT_S)
+        answer = await asyncio.wait_for(ask(), METRICS_TIMEOUT_S)
     except (asyncio.TimeoutError, ray.exceptions.RayError, RayServeException):
         return None
+    return None if answer is None else msgspec.msgpack.decode(answer, type=ReplicaMetrics)

@@ -1,0 +1,160 @@
+"""`EngineMetrics`: what one engine replica records."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
+
+from prometheus_client.core import Metric
+from prometheus_client.registry import Collector, CollectorRegistry
+
+from ridgewalk.metrics import catalogue
+from ridgewalk.metrics.collectives import split_collectives
+from ridgewalk.metrics.families import CounterFamily, HistogramFamily, SummaryFamily, counters, gauges
+from ridgewalk.metrics.replica_state import ReplicaStateTracker
+from ridgewalk.metrics.snapshot import encode, take_snapshot
+from ridgewalk.metrics.utilization import HardwarePeaks, Utilization
+
+if TYPE_CHECKING:
+    from ridgewalk.engine.request import Request
+    from ridgewalk.engine.stats import EngineStats
+    from ridgewalk.engine.step import RankTimings
+    from ridgewalk.placement.memory import MemoryPlan
+    from ridgewalk.placement.model_spec import ModelSpec
+    from ridgewalk.replica.engine_config import EngineConfig
+
+_TOTALS = (
+    (catalogue.NUM_PREEMPTIONS, "num_preemptions"),
+    (catalogue.RECOMPUTED_TOKENS, "recomputed_tokens"),
+    (catalogue.PREFIX_CACHE_QUERIES, "prefix_cache_queries"),
+    (catalogue.PREFIX_CACHE_HITS, "prefix_cache_hits"),
+    (catalogue.PROMPT_TOKENS, "prompt_tokens"),
+    (catalogue.GENERATION_TOKENS, "generation_tokens"),
+    (catalogue.ENGINE_STEPS, "steps"),
+    (catalogue.KV_THROTTLED_SECONDS, "throttled_seconds"),
+)
+"""Counters that the engine keeps itself, and their fields in `EngineStats`."""
+
+
+class EngineMetrics(Collector):
+    """Implements `replica.engine_loop.StepRecorder`: recorded on the engine's thread, read from any other.
+
+    ``replica`` is Serve's rank of the replica. ``clock`` is any monotonic seconds.
+    """
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        replica: str,
+        spec: ModelSpec,
+        memory_plan: MemoryPlan,
+        peaks: HardwarePeaks = HardwarePeaks(),  # noqa: B008 (frozen)
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._config = config
+        self._constant = constant = (config.model_name, config.placement, replica)
+        self._peaks = peaks
+        self._clock = clock
+        self._lock = threading.Lock()  # of the three below
+        self._stats: EngineStats | None = None
+        self._utilization = Utilization(spec, memory_plan, config.world_size)
+        self._state = ReplicaStateTracker(config, replica, spec, memory_plan)
+        self._queue_time = HistogramFamily(catalogue.REQUEST_QUEUE_TIME, constant)
+        self._ended = CounterFamily(catalogue.SEQUENCES_ENDED, constant)
+        self._collectives = HistogramFamily(catalogue.COLLECTIVE_SECONDS, constant)
+        self._steps = SummaryFamily(catalogue.STEP_SECONDS, constant)
+        self._queue_time.observe((), 0.0, times=0)
+        for reason in catalogue.FINISH_REASONS:
+            self._ended.add((reason,), 0)
+        self.registry = CollectorRegistry(auto_describe=False)
+        self.registry.register(self)
+
+    # -- on the engine's thread -------------------------------------------------------------------------------------
+
+    def on_admitted(self, queue_seconds: float) -> None:
+        """A sequence was scheduled for the first time, so long after it arrived."""
+        self._queue_time.observe((), queue_seconds)
+
+    def on_ended(self, request: Request) -> None:
+        """A sequence ended."""
+        if request.finish_reason is not None:
+            self._ended.add((request.finish_reason.value,))
+
+    def on_timings(self, ranks: list[RankTimings]) -> None:
+        """A measured step, one entry per rank."""
+        self._collectives.observe_all(split_collectives(ranks, self._config.tp).items())
+        self._steps.observe_all(pair for timings in ranks for pair in _phases(timings))
+
+    def on_stats(self, stats: EngineStats) -> None:
+        """The engine's state now."""
+        now = self._clock()
+        with self._lock:
+            self._stats = stats
+            self._utilization.on_stats(stats, now)
+            self._state.on_stats(stats, now)
+
+    # -- on any thread ----------------------------------------------------------------------------------------------
+
+    def snapshot(self) -> bytes:
+        """Everything recorded, encoded for `exposition.merge`."""
+        with self._lock:
+            state = self._state.read(self._clock(), self._utilization.trapped)
+        return encode(take_snapshot(self.registry, state))
+
+    def collect(self) -> Iterator[Metric]:
+        """The metrics now, for the registry."""
+        with self._lock:
+            stats = self._stats
+            flops = self._utilization.flops_utilization(self._peaks)
+            bandwidth = self._utilization.bandwidth_utilization(self._peaks)
+        if stats is not None:
+            yield from self._collect_stats(stats)
+        for spec, value in (
+            (catalogue.MODEL_FLOPS_UTILIZATION, flops),
+            (catalogue.MODEL_BANDWIDTH_UTILIZATION, bandwidth),
+        ):
+            if value is not None:
+                yield gauges(spec, [(self._constant, value)])
+        for family in (self._queue_time, self._ended, self._collectives, self._steps):
+            yield family.collect()
+        config = self._config
+        mesh = (str(config.tp), str(config.pp), str(config.dp))
+        yield gauges(catalogue.PLACEMENT_INFO, [((*self._constant, *mesh, config.dtype, config.device), 1)])
+
+    def _collect_stats(self, stats: EngineStats) -> Iterator[Metric]:
+        constant, groups = self._constant, stats.groups
+        running = sum(group.num_running for group in groups)
+        used = sum(group.used_blocks for group in groups)
+        total = sum(group.used_blocks + group.cached_blocks + group.free_blocks for group in groups)
+        unfilled = sum(group.unfilled_slots for group in groups)
+        for spec, value in (
+            (catalogue.NUM_REQUESTS_RUNNING, running),
+            (catalogue.NUM_REQUESTS_WAITING, stats.num_waiting),
+            (catalogue.KV_CACHE_USAGE, used / total),
+            (catalogue.KV_INTERNAL_FRAGMENTATION, unfilled / (used * stats.block_size) if used else 0.0),
+        ):
+            yield gauges(spec, [(constant, value)])
+        yield gauges(
+            catalogue.KV_BLOCKS,
+            [
+                ((*constant, str(index), state), value)
+                for index, group in enumerate(groups)
+                for state, value in (
+                    ("used", group.used_blocks),
+                    ("cached", group.cached_blocks),
+                    ("free", group.free_blocks),
+                )
+            ],
+        )
+        for spec, field in _TOTALS:
+            yield counters(spec, [(constant, getattr(stats, field))])
+
+
+def _phases(timings: RankTimings) -> Iterator[tuple[tuple[str, str, str], float]]:
+    """Labels and seconds of each phase; ``other`` is what the rank's phases leave of its step."""
+    rank = str(timings.rank)
+    for phase, seconds in timings.phases.items():
+        yield (phase, rank, "true"), seconds
+    yield ("other", rank, "true"), max(0.0, timings.seconds - sum(timings.phases.values()))

@@ -1,0 +1,72 @@
+"""What a replica tells of itself for the gauges of its whole model."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ridgewalk.metrics.snapshot import GroupState, ReplicaState
+from ridgewalk.placement.model_spec import DTYPE_BYTES
+
+if TYPE_CHECKING:
+    from ridgewalk.engine.stats import EngineStats
+    from ridgewalk.placement.memory import MemoryPlan
+    from ridgewalk.placement.model_spec import ModelSpec
+    from ridgewalk.replica.engine_config import EngineConfig
+
+
+class ReplicaStateTracker:
+    """Fed with the engine's reports; remembers when work last lacked KV. Not thread-safe."""
+
+    def __init__(self, config: EngineConfig, replica: str, spec: ModelSpec, memory_plan: MemoryPlan) -> None:
+        self._config = config
+        self._replica = replica
+        self._held_bytes, self._unique_bytes = weight_bytes(config, spec, memory_plan)
+        self._stats: EngineStats | None = None
+        self._starved_at: float | None = None
+
+    def on_stats(self, stats: EngineStats, now: float) -> None:
+        """Take in a report. What happened between two reports shows in the counters."""
+        last = self._stats
+        waited = stats.throttled_seconds > (last.throttled_seconds if last else 0.0)
+        preempted = stats.num_preemptions > (last.num_preemptions if last else 0)
+        if stats.throttled or waited or preempted:
+            self._starved_at = now
+        self._stats = stats
+
+    def read(self, now: float, trapped: bool | None) -> ReplicaState:
+        """The state now.
+
+        A replica with several attention groups does not tell which of them lacked KV: all are taken to have.
+        """
+        stats = self._stats
+        ago = None if self._starved_at is None else now - self._starved_at
+        groups = [
+            GroupState(
+                total_blocks=group.used_blocks + group.cached_blocks + group.free_blocks,
+                available_blocks=group.cached_blocks + group.free_blocks,
+                has_seat=group.num_running < self._config.max_num_seqs,
+                starved_seconds_ago=ago,
+            )
+            for group in (stats.groups if stats else [])
+        ]
+        return ReplicaState(
+            model_name=self._config.model_name,
+            placement=self._config.placement,
+            replica=self._replica,
+            groups=groups,
+            head_of_line_blocks=stats.head_of_line_blocks if stats else 0,
+            held_weight_bytes=self._held_bytes,
+            unique_weight_bytes=self._unique_bytes,
+            trapped=trapped,
+        )
+
+
+def weight_bytes(config: EngineConfig, spec: ModelSpec, memory_plan: MemoryPlan) -> tuple[int, int]:
+    """Bytes of weights that a replica's ranks hold (norms and repeated KV heads on each), and of the model itself.
+
+    Rows that pad the vocabulary to a multiple of tp are copies of nothing and do not count.
+    """
+    size = DTYPE_BYTES[config.dtype]
+    padded_rows = spec.vocab_size_per_rank(config.tp) * config.tp - spec.vocab_size
+    padding = padded_rows * spec.hidden_size * (1 if spec.tie_word_embeddings else 2) * size * config.dp
+    return memory_plan.weight_bytes * config.world_size - padding, spec.num_parameters * size

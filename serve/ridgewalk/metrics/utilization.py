@@ -1,0 +1,143 @@
+"""How much of the hardware a replica used in the last second, and whether want of KV keeps it from using more."""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ridgewalk.engine.stats import EngineStats
+    from ridgewalk.placement.memory import MemoryPlan
+    from ridgewalk.placement.model_spec import ModelSpec
+
+WINDOW_S = 1.0
+"""Rates are taken over the last so many seconds."""
+
+TRAP_FRACTION = 0.5
+"""Throttled and below this share of the highest unthrottled utilization: the capacity trap."""
+
+
+@dataclass(frozen=True)
+class HardwarePeaks:
+    """Peak rates of one rank's device. None: not known, so no utilization of it is exported."""
+
+    flops_per_second: float | None = None
+    bytes_per_second: float | None = None  # of memory
+
+
+@dataclass(frozen=True)
+class _Reading:
+    """Totals since the first report."""
+
+    time: float
+    flops: float  # of the whole replica, recomputed tokens excluded
+    bytes_read: float  # of one rank: weights once a step, and the KV of everything running
+    throttled_seconds: float
+    num_preemptions: int
+
+
+class Utilization:
+    """Fed with the engine's reports; a report says what happened since the one before.
+
+    FLOPs follow `ModelSpec.flops_per_token` at the mean context of the running sequences at the time of the report,
+    bytes the KV that was filled then: exact for weights, an estimate for attention.
+    """
+
+    def __init__(self, spec: ModelSpec, memory_plan: MemoryPlan, world_size: int) -> None:
+        self._spec = spec
+        self._plan = memory_plan
+        self._world_size = world_size
+        self._last: EngineStats | None = None
+        self._readings: deque[_Reading] = deque()
+        self._highest_unthrottled = 0.0  # FLOPs per second; 0: not known
+
+    def on_stats(self, stats: EngineStats, now: float) -> None:
+        """Take in a report."""
+        self._readings.append(self._read(stats, now))
+        self._last = stats
+        while len(self._readings) > 2 and self._readings[1].time <= now - WINDOW_S:
+            self._readings.popleft()
+        if not self.throttled:
+            self._highest_unthrottled = max(self._highest_unthrottled, self.flops_per_second or 0.0)
+
+    @property
+    def throttled(self) -> bool:
+        """True when, within the window, work waited for KV or lost it."""
+        if not self._readings or self._last is None:
+            return False
+        first, last = self._readings[0], self._readings[-1]
+        return (
+            self._last.throttled
+            or last.throttled_seconds > first.throttled_seconds
+            or last.num_preemptions > first.num_preemptions
+        )
+
+    @property
+    def flops_per_second(self) -> float | None:
+        """Of the whole replica; None before a whole window has passed."""
+        seconds = self._seconds
+        return None if seconds is None else (self._readings[-1].flops - self._readings[0].flops) / seconds
+
+    @property
+    def bytes_per_second(self) -> float | None:
+        """Of one rank's memory; None before a whole window has passed."""
+        seconds = self._seconds
+        return None if seconds is None else (self._readings[-1].bytes_read - self._readings[0].bytes_read) / seconds
+
+    @property
+    def trapped(self) -> bool | None:
+        """Throttled, at under half of the highest utilization it had unthrottled. None: not known.
+
+        The peak of the hardware cancels out, so it need not be known.
+        """
+        if not self.throttled:
+            return False
+        flops = self.flops_per_second
+        if flops is None or not self._highest_unthrottled:
+            return None
+        return flops < TRAP_FRACTION * self._highest_unthrottled
+
+    def flops_utilization(self, peaks: HardwarePeaks) -> float | None:
+        """Share of the peak of all ranks; None: not known."""
+        if self.flops_per_second is None or not peaks.flops_per_second:
+            return None
+        return self.flops_per_second / (peaks.flops_per_second * self._world_size)
+
+    def bandwidth_utilization(self, peaks: HardwarePeaks) -> float | None:
+        """Share of the peak of one rank; None: not known."""
+        if self.bytes_per_second is None or not peaks.bytes_per_second:
+            return None
+        return self.bytes_per_second / peaks.bytes_per_second
+
+    @property
+    def _seconds(self) -> float | None:
+        if len(self._readings) < 2:
+            return None
+        seconds = self._readings[-1].time - self._readings[0].time
+        return seconds if seconds >= WINDOW_S else None
+
+    def _read(self, stats: EngineStats, now: float) -> _Reading:
+        last = self._last
+        if last is None:
+            return _Reading(now, 0.0, 0.0, stats.throttled_seconds, stats.num_preemptions)
+        before = self._readings[-1]
+        filled = filled_slots(stats)
+        running = sum(group.num_running for group in stats.groups)
+        tokens = useful_tokens(stats) - useful_tokens(last)
+        flops = tokens * self._spec.flops_per_token(filled // running if running else 0)
+        kv_bytes = filled * self._plan.kv_bytes_per_block / stats.block_size
+        bytes_read = (stats.steps - last.steps) * (self._plan.weight_bytes + kv_bytes)
+        return _Reading(
+            now, before.flops + flops, before.bytes_read + bytes_read, stats.throttled_seconds, stats.num_preemptions
+        )
+
+
+def useful_tokens(stats: EngineStats) -> int:
+    """Tokens computed for the first time."""
+    return stats.computed_tokens - stats.recomputed_tokens
+
+
+def filled_slots(stats: EngineStats) -> int:
+    """Slots of used blocks that hold a computed token, shared blocks counted once."""
+    return sum(group.used_blocks * stats.block_size - group.unfilled_slots for group in stats.groups)
