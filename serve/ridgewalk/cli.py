@@ -150,3 +150,22 @@ def _service_config(values: dict[str, Any]) -> ServeConfig:
     engine = {key: values.pop(key) for key in list(values) if key in ModelConfig.model_fields}
     described = {"model": model, "name": name, **engine, "placements": [placement]}
     return parse_config({"models": [described], "api_keys": api_keys, **values}, "the command line")
+
+
+@app.command()
+def demo(
+    questions: Annotated[int, typer.Option(help="Questions asked at once.")] = 200,
+    num_blocks: Annotated[
+        int, typer.Option(help="KV blocks of 16 tokens; fewer bring the capacity cliff nearer.")
+    ] = 2048,
+) -> None:
+    """Serve the shipped model on two ranks, ask it, load it, and print what was measured."""
+    from ridgewalk.launch.demo import run_demo
+    from ridgewalk.launch.service import ServiceError
+
+    try:
+        succeeded = run_demo(questions, num_blocks, Console(soft_wrap=True))
+    except ServiceError as error:
+        Console(stderr=True, soft_wrap=True).print(f"[red]error:[/] {error}", highlight=False)
+        raise typer.Exit(1) from None
+    raise typer.Exit(0 if succeeded else 1)

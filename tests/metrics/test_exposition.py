@@ -66,6 +66,11 @@ def test_text_is_the_same_in_any_order_of_the_answers() -> None:
     assert len(texts) == 1
 
 
+def test_rounding_does_not_tell_the_order_of_the_answers() -> None:
+    snapshots = [counter_snapshot(amount) for amount in (0.1, 0.2, 0.3)]  # (0.1 + 0.2) + 0.3 != 0.1 + (0.2 + 0.3)
+    assert len({merge(order) for order in itertools.permutations(snapshots)}) == 1
+
+
 @settings(max_examples=50, deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 2), st.floats(0, 1e6)), min_size=1, max_size=20), st.randoms())
 def test_counters_never_go_back_in_whatever_order_the_answers_come(events: list[tuple[int, float]], random) -> None:  # type: ignore[no-untyped-def]

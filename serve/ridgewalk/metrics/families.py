@@ -67,7 +67,7 @@ class HistogramFamily:
         with self._lock:
             histogram = self._get(labels)
             histogram.counts[bisect_left(self._bounds, value)] += times
-            histogram.total += value
+            histogram.total += value * times
 
     def observe_all(self, values: Iterable[tuple[Labels, list[float]]]) -> None:
         """Record many observations at once."""

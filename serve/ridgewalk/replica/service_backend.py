@@ -89,18 +89,18 @@ class ServiceBackend:
             for placement, replica_id in pool.replicas()
         ]
         missing: Counter[tuple[str, str]] = Counter()
-        snapshots = [self._metrics.snapshot()]
+        snapshots = [decode(self._metrics.snapshot())]
         peers: dict[str, Introduction] = {}
         for name, placement, task in asked:
             answer = await task
             missing[name, placement] += answer is None
             if answer is not None:
-                snapshots.append(answer.snapshot)
+                snapshots.append(decode(answer.snapshot))
                 peers.update({peer.ingress_id: peer for peer in answer.ingresses})
         peers.pop(self._introduction.ingress_id, None)
         answers = await asyncio.gather(*(ask_peer(peer, METRICS_TIMEOUT_S) for peer in peers.values()))
-        snapshots += [answer for answer in answers if answer is not None]
-        return merge([decode(snapshot) for snapshot in snapshots], missing, answers.count(None))
+        snapshots += [decode(answer) for answer in answers if answer is not None]
+        return merge(snapshots, missing, answers.count(None))
 
     def close(self) -> None:
         """Stop following replicas."""

@@ -1,0 +1,1 @@
+"""Clients that ask an OpenAI-compatible endpoint and measure what they see."""

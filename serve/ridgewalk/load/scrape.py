@@ -1,0 +1,42 @@
+"""Reads a service's `/metrics` into numbers that a program can add and subtract."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from prometheus_client.parser import text_string_to_metric_families
+
+Sample = tuple[str, frozenset[tuple[str, str]]]
+
+
+@dataclass(frozen=True)
+class Scrape:
+    """Every sample of one scrape."""
+
+    samples: Mapping[Sample, float]
+
+    @classmethod
+    def parse(cls, text: str) -> Scrape:
+        """Read the Prometheus text format."""
+        return cls(
+            {
+                (sample.name, frozenset(sample.labels.items())): sample.value
+                for family in text_string_to_metric_families(text)
+                for sample in family.samples
+            }
+        )
+
+    def total(self, name: str, **labels: str) -> float:
+        """Sum of a series over every label not named; 0 when there is none."""
+        wanted = set(labels.items())
+        return sum(value for (key, found), value in self.samples.items() if key == name and wanted <= found)
+
+    def since(self, before: Scrape) -> Scrape:
+        """What the counters (and histograms) have grown by; gauges lose their meaning."""
+        return Scrape({key: value - before.samples.get(key, 0.0) for key, value in self.samples.items()})
+
+    def mean(self, name: str, **labels: str) -> float | None:
+        """Mean of a histogram or summary; None when nothing was observed."""
+        count = self.total(f"{name}_count", **labels)
+        return self.total(f"{name}_sum", **labels) / count if count else None
