@@ -1,0 +1,107 @@
+"""`ridgewalk serve` as a user runs it: a process that gets ready, answers, and leaves nothing behind."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+
+import httpx
+import psutil
+import pytest
+
+from ridgewalk.replica.host import free_port
+from tests.service.conftest import MODEL
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
+COMMAND = [sys.executable, "-c", "from ridgewalk.cli import main; main()", "serve"]
+
+Start = Callable[..., subprocess.Popen[str]]
+
+
+@pytest.fixture
+def start() -> Iterator[Start]:
+    running: list[subprocess.Popen[str]] = []
+
+    def run(*arguments: str) -> subprocess.Popen[str]:
+        process = subprocess.Popen([*COMMAND, *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        running.append(process)
+        return process
+
+    yield run
+    for process in running:
+        if process.poll() is None:
+            process.send_signal(signal.SIGINT)
+            process.wait(30)
+
+
+def wait_ready(process: subprocess.Popen[str]) -> str:
+    """Everything printed up to the line that tells how to use the service."""
+    assert process.stdout is not None
+    printed = ""
+    for line in process.stdout:
+        printed += line
+        if "Ctrl-C" in line:
+            return printed
+    raise AssertionError(f"the service ended before it was ready:\n{printed}")
+
+
+def test_two_services_live_on_one_machine_and_leave_nothing_behind(start: Start) -> None:
+    ports = [free_port("127.0.0.1") for _ in range(2)]
+    services = [start(MODEL, "--host", "127.0.0.1", "--port", str(port), "--num-blocks", "512") for port in ports]
+    for process, port in zip(services, ports, strict=True):
+        printed = wait_ready(process)
+        assert "curl" in printed
+        reply = httpx.post(
+            f"http://127.0.0.1:{port}/v1/chat/completions",
+            json={"model": MODEL, "temperature": 0, "messages": [{"role": "user", "content": "What is 27 + 58?"}]},
+            timeout=30,
+        )
+        assert reply.json()["choices"][0]["message"]["content"].strip() == "85"
+    for process in services:
+        family = psutil.Process(process.pid).children(recursive=True)
+        assert any("haproxy" in child.name() for child in family)
+        asked = time.monotonic()
+        process.send_signal(signal.SIGINT)
+        assert process.wait(30) == 0
+        assert time.monotonic() - asked < 10  # the promise of the README
+        _, alive = psutil.wait_procs(family, timeout=0)
+        assert [child for child in alive if child.status() != psutil.STATUS_ZOMBIE] == []
+
+
+def test_a_service_that_is_stopped_while_it_starts_leaves_nothing_behind(start: Start) -> None:
+    process = start(MODEL, "--host", "127.0.0.1", "--port", str(free_port("127.0.0.1")))
+    assert process.stdout is not None
+    for line in process.stdout:
+        if "starting Ray" in line:
+            break
+    parent = psutil.Process(process.pid)
+    while not (family := parent.children(recursive=True)):
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    process.wait(30)
+    _, alive = psutil.wait_procs(family, timeout=0)
+    assert [child for child in alive if child.status() != psutil.STATUS_ZOMBIE] == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nonsense"], "neither a model of the zoo"),
+        ([], "name either a MODEL or a configuration file"),
+        ([MODEL, "-pp", "2"], "pipeline_parallel_size above 1 is not built yet"),
+        ([MODEL, "-tp", "3"], "tensor_parallel_size"),
+        ([MODEL, "--memory", "1MiB"], "raise --memory"),
+        ([MODEL, "--max-model-len", "10000000"], "max_model_len"),
+        ([MODEL, "--num-blocks", "2"], "--num-blocks"),
+        ([MODEL, "--port", "1", "--host", "203.0.113.1"], "choose another with --port"),
+    ],
+)
+def test_what_cannot_work_is_one_sentence_before_anything_starts(arguments: list[str], message: str) -> None:
+    done = subprocess.run([*COMMAND, *arguments], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    assert "starting Ray" not in done.stdout

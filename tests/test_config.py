@@ -1,0 +1,55 @@
+"""What users write, and what they are told when it is wrong."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ridgewalk.config import ConfigError, load_config, parse_config, parse_size
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ([], "must be a mapping"),
+        ({}, "models: Field required"),
+        ({"models": []}, "models: List should have at least 1"),
+        ({"models": [{"model": "x", "placments": []}]}, r"models\[0\].placments: no such option"),
+        ({"models": [{"model": "x", "placements": [{"replicas": 0}]}]}, r"models\[0\].placements\[0\].replicas: .*1"),
+        ({"models": [{"model": "x", "placements": [{"pipeline_parallel_size": 2}]}]}, "not built yet"),
+        ({"models": [{"model": "x", "placements": [{"enable_expert_parallel": True}]}]}, "not built yet"),
+        ({"models": [{"model": "x", "placements": [{"memory": "2 potatoes"}]}]}, "write it as 2GiB"),
+        ({"models": [{"model": "x", "placements": [{"memory": 5, "num_blocks": 5}]}]}, "exclude each other"),
+        ({"models": [{"model": "x", "dtype": "int8"}]}, r"models\[0\].dtype"),
+        ({"models": [{"model": "x"}, {"model": "x"}]}, "two models are called 'x'"),
+        ({"models": [{"model": "x", "placements": [{}, {}]}]}, "lists a placement twice"),
+        ({"models": [{"model": "x"}], "port": 99999}, "port"),
+    ],
+)
+def test_errors_name_the_field(data: object, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        parse_config(data)
+
+
+def test_dense_data_parallelism_is_replicas() -> None:
+    config = parse_config({"models": [{"model": "x", "placements": [{"data_parallel_size": 2, "replicas": 2}]}]})
+    placement = config.models[0].placements[0]
+    assert (placement.num_replicas, placement.mesh.world_size, placement.name) == (4, 1, "DP4")
+
+
+def test_a_file_that_is_missing_or_no_yaml_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="cannot read"):
+        load_config(tmp_path / "none.yaml")
+    broken = tmp_path / "broken.yaml"
+    broken.write_text("models: [")
+    with pytest.raises(ConfigError, match=r"broken.yaml is not YAML"):
+        load_config(broken)
+
+
+@given(st.integers(1, 10**6), st.sampled_from([("GiB", 2**30), ("MB", 10**6), ("", 1), ("g", 2**30), ("KiB", 2**10)]))
+def test_sizes(number: int, unit: tuple[str, int]) -> None:
+    assert parse_size(f"{number}{unit[0]}") == number * unit[1]
+    assert parse_size(f" {number} {unit[0]} ") == number * unit[1]
