@@ -13,6 +13,7 @@ from starlette.types import ASGIApp
 from ridgewalk import __version__
 from ridgewalk.api.app import build_app
 from ridgewalk.api.served_model import load_served_model
+from ridgewalk.logs import configure_logging
 from ridgewalk.metrics.ingress_metrics import IngressMetrics
 from ridgewalk.replica.service_backend import ServiceBackend
 
@@ -42,6 +43,7 @@ class Ingress:
     """Tokenizes, routes, detokenizes, writes SSE. Torch-free."""
 
     async def __init__(self, settings: IngressSettings, handles: dict[str, dict[str, DeploymentHandle]]) -> None:
+        configure_logging()
         self._settings = settings
         names = [model.name for model in settings.models]
         self._metrics = IngressMetrics(str(serve.get_replica_context().rank.rank), names)

@@ -58,7 +58,7 @@ def start_ray(cpus: float) -> None:
         include_dashboard=False,
         object_store_memory=OBJECT_STORE_BYTES,
         logging_level=logging.ERROR,
-        log_to_driver=False,
+        log_to_driver=True,
     )
 
 

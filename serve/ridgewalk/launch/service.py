@@ -122,7 +122,7 @@ def _deploy(config: ServeConfig, models: list[PlannedModel], console: Console) -
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
     serve.start(
         http_options=HTTPOptions(host=config.host, port=config.port),
-        logging_config=LoggingConfig(log_level="WARNING", enable_access_log=False),
+        logging_config=LoggingConfig(log_level="ERROR", enable_access_log=False),
     )
     done = threading.Event()
     watcher = threading.Thread(target=_show_progress, args=(config.app_name, done, console), daemon=True)

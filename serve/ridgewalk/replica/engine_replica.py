@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 
 import msgspec
 import ray
 from ray import serve
 from ray.util import get_current_placement_group
 
+from ridgewalk.logs import configure_logging
 from ridgewalk.metrics.engine_metrics import EngineMetrics
 from ridgewalk.placement.model_spec import ModelSpec
 from ridgewalk.replica.engine_config import EngineConfig
@@ -21,14 +23,18 @@ from ridgewalk.replica.zmq_executor import LoadProgress, ZmqExecutor
 
 logger = logging.getLogger(__name__)
 
+PROGRESS_EVERY_S = 2.0
+
 
 class EngineReplica:
     """One replica of one placement. Every method takes the id of the replica that the caller meant."""
 
     def __init__(self, config: EngineConfig) -> None:
+        configure_logging()
         context = serve.get_replica_context()
         self._id = context.replica_id.unique_id
         self._config = config
+        self._progress_logged = time.monotonic()
         address = ray.util.get_node_ip_address()
         spec = ModelSpec.from_folder(config.model_path)
         executor = ZmqExecutor(config, spec, RayRanks(get_current_placement_group()), address, self._log_progress)
@@ -87,6 +93,9 @@ class EngineReplica:
             self._loop.stop()
 
     def _log_progress(self, progress: LoadProgress) -> None:
+        if time.monotonic() - self._progress_logged < PROGRESS_EVERY_S:
+            return
+        self._progress_logged = time.monotonic()
         logger.info(
             "%s %s: %d of %d MiB of weights read",
             self._config.model_name, self._config.placement, progress.done_bytes >> 20, progress.total_bytes >> 20,

@@ -13,6 +13,7 @@ from collections.abc import Callable
 import msgspec
 import zmq
 
+from ridgewalk.logs import configure_logging
 from ridgewalk.model.runner_config import RunnerConfig
 from ridgewalk.replica.host import free_port, memory_bytes
 from ridgewalk.replica.rank_protocol import (
@@ -74,6 +75,7 @@ class RankConnection:
 
 def run_rank(launch: RankLaunch) -> None:
     """Serve one rank until the executor stops it, it disappears, or something fails."""
+    configure_logging()
     connection = RankConnection(launch)
     try:
         _serve(launch, connection)
