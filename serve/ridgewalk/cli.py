@@ -156,16 +156,20 @@ def _service_config(values: dict[str, Any]) -> ServeConfig:
 def demo(
     questions: Annotated[int, typer.Option(help="Questions asked at once.")] = 200,
     num_blocks: Annotated[
-        int, typer.Option(help="KV blocks of 16 tokens; fewer bring the capacity cliff nearer.")
+        int, typer.Option(help="KV blocks of 16 tokens; fewer: the capacity cliff is nearer.")
     ] = 2048,
+    svg: Annotated[Path | None, typer.Option(help="Also save what was printed as a picture.")] = None,
 ) -> None:
     """Serve the shipped model on two ranks, ask it, load it, and print what was measured."""
     from ridgewalk.launch.demo import run_demo
     from ridgewalk.launch.service import ServiceError
 
+    console = Console(record=True, width=100) if svg is not None else Console(soft_wrap=True)
     try:
-        succeeded = run_demo(questions, num_blocks, Console(soft_wrap=True))
+        succeeded = run_demo(questions, num_blocks, console)
     except ServiceError as error:
         Console(stderr=True, soft_wrap=True).print(f"[red]error:[/] {error}", highlight=False)
         raise typer.Exit(1) from None
+    if svg is not None:
+        console.save_svg(str(svg), title="make demo")
     raise typer.Exit(0 if succeeded else 1)

@@ -1,0 +1,1 @@
+"""Decoder layers, weights and sampling in torch."""
