@@ -48,15 +48,3 @@ def test_a_found_block_is_shared_until_its_last_holder_leaves() -> None:
 
 def test_hashes_depend_on_everything_before() -> None:
     assert hash_block(hash_block(b"", [1]), [2]) != hash_block(hash_block(b"", [3]), [2])
-
-
-def test_clearing_the_cache_frees_what_nobody_uses() -> None:
-    pool = BlockPool(2)
-    blocks = pool.allocate(2)
-    assert blocks is not None
-    pool.publish(blocks[0], b"a")
-    pool.publish(blocks[1], b"b")
-    pool.release(blocks[:1])
-    pool.clear_cache()
-    assert (pool.num_free, pool.num_cached, pool.num_used) == (1, 0, 1)
-    pool.check_integrity()

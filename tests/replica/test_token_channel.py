@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection
 
 import msgspec
 import pytest
@@ -67,41 +67,60 @@ class GatedExecutor(FakeExecutor):
 class Replica:
     """One replica's loop, with the handle that an ingress would have."""
 
-    def __init__(self, replica_id: str, max_waiting: int = 100) -> None:
+    def __init__(self, replica_id: str, max_waiting: int = 100, steps_in_flight: int = 1) -> None:
         self.replica_id = replica_id
         self.executor = GatedExecutor()
+        self.call_delay_s = 0.0
         self.recorder = Recorder()
-        config = SchedulerConfig(num_blocks=64, block_size=BLOCK_SIZE, max_model_len=128, max_num_seqs=4)
+        config = SchedulerConfig(
+            num_blocks=64,
+            block_size=BLOCK_SIZE,
+            max_model_len=128,
+            max_num_seqs=4,
+            max_steps_in_flight=steps_in_flight,
+            schedule_ahead=steps_in_flight > 1,
+        )
         self.loop = EngineLoop(config, self.executor, self.recorder, "127.0.0.1", max_waiting)
         self.loop.start()
         self.generate = self  # handle.generate.remote(...)
 
-    async def remote(self, call: bytes, replica_id: str) -> bytes:
+    def remote(self, call: bytes, replica_id: str) -> asyncio.Task[bytes]:
+        assert replica_id == self.replica_id
+        return asyncio.create_task(self._generate(call))
+
+    async def _generate(self, call: bytes) -> bytes:
+        await asyncio.sleep(self.call_delay_s)  # Ray is slower than the channel
         event_loop = asyncio.get_running_loop()
         reply: asyncio.Future[GenerateReply] = event_loop.create_future()
         decoded = msgspec.msgpack.decode(call, type=GenerateCall)
-        self.loop.submit(decoded, lambda value: event_loop.call_soon_threadsafe(reply.set_result, value))
-        return msgspec.msgpack.encode(await reply)
+        self.loop.submit(decoded, lambda value: event_loop.call_soon_threadsafe(_set, reply, value))
+        try:
+            return msgspec.msgpack.encode(await reply)
+        except asyncio.CancelledError:
+            self.loop.cancel(decoded.request_id)
+            raise
 
     @property
     def num_used_blocks(self) -> int:
         return self.loop._core.scheduler.groups[0].kv.pool.num_used
 
 
+def _set(future: asyncio.Future[GenerateReply], value: GenerateReply) -> None:
+    if not future.done():
+        future.set_result(value)
+
+
 class Pool:
-    """Stands in for `ReplicaPool`: the first link that is not closed."""
+    """Stands in for `ReplicaPool`: the first link that can take a request."""
 
     def __init__(self, links: list[ReplicaLink]) -> None:
         self.links = links
 
-    def choose(self, num_sequences: int) -> ReplicaLink | None:
-        return next((link for link in self.links if not link.closed), None)
+    def choose(self, excluded: Collection[str] = ()) -> ReplicaLink | None:
+        return next((link for link in self.links if link.routable and link.replica_id not in excluded), None)
 
     async def wait_ready(self, timeout_s: float) -> bool:
         return False
-
-    def drop(self, link: ReplicaLink) -> None:
-        link.close()
 
 
 Connect = Callable[..., Awaitable[tuple[Pool, list[Replica]]]]
@@ -120,7 +139,7 @@ async def connect() -> AsyncIterator[Connect]:
             address = ChannelAddress(replica.loop.endpoint, replica.loop.epoch)
             links.append(ReplicaLink(context, replica, "TP1", f"r{number}", Attach("ingress", "secret"), address))  # type: ignore[arg-type]
             replicas.append(replica)
-            await until(lambda: links[-1].ready)
+            await until(lambda: links[-1].routable)
         return Pool(links), replicas
 
     yield make
@@ -229,14 +248,45 @@ async def test_streams_continue_on_another_replica_when_one_dies(connect: Connec
 async def test_a_full_queue_is_refused_with_the_time_to_wait(connect: Connect) -> None:
     pool, (replica,) = await connect(max_waiting=2)
     replica.executor.open = False
-    blocked = stream(pool, [[1]] * 2, 5)
-    await until(lambda: replica.loop._core.scheduler.num_running == 2)
+    blocked = stream(pool, [[1]] * 6, 5)
+    await until(lambda: replica.loop._core.scheduler.num_waiting == 2)
     with pytest.raises(BackendError) as refusal:
-        await collect(stream(pool, [[2]] * 3), 3)
+        await collect(stream(pool, [[2]]), 1)
     assert refusal.value.status == 429
     assert refusal.value.retry_after_s == 5.0  # nothing has ended yet: unknown
     replica.executor.open = True
-    await collect(blocked, 2)
+    await collect(blocked, 6)
+    await collect(stream(pool, [[2]] * 20), 20)  # an empty queue takes a request of any size
+
+
+async def test_a_replica_with_room_is_tried_before_a_client_is_refused(connect: Connect) -> None:
+    pool, replicas = await connect(2, max_waiting=1)
+    replicas[0].executor.open = False
+    blocked = stream(pool, [[1]] * 5, 3)
+    await until(lambda: replicas[0].loop._core.scheduler.num_waiting == 1)
+    tokens, _ = await collect(stream(pool, [[2]], 3), 1)
+    assert tokens == [expected([2], 3)]
+    replicas[0].executor.open = True
+    await collect(blocked, 5)
+
+
+async def test_a_resumed_request_is_not_refused_for_a_full_queue(connect: Connect) -> None:
+    pool, replicas = await connect(2, max_waiting=1)
+    replicas[0].executor.open = False
+    replicas[0].executor.gate.release(3)
+    request = stream(pool, [[1, 2]], 6)
+    reader = asyncio.create_task(collect(request, 1))
+    await until(lambda: bool(request._states[0].token_ids))
+    replicas[1].executor.open = False
+    pool.links[0].avoid(60)
+    blocked = stream(pool, [[3]] * 5, 3)
+    await until(lambda: replicas[1].loop._core.scheduler.num_waiting == 1)
+    replicas[0].executor.dead = True
+    await until(lambda: replicas[1].loop._core.scheduler.num_waiting == 2)
+    replicas[1].executor.open = True
+    tokens, _ = await reader
+    assert tokens == [expected([1, 2], 6)]
+    await collect(blocked, 5)
 
 
 async def test_a_request_that_can_never_fit_is_a_client_error(connect: Connect) -> None:
@@ -270,12 +320,11 @@ async def test_a_stop_from_the_ingress_ends_one_sequence(connect: Connect) -> No
 async def test_frames_with_another_secret_or_epoch_are_ignored(connect: Connect) -> None:
     pool, (replica,) = await connect()
     link = pool.links[0]
-    await until(lambda: link.ready)
     link._epoch = "another"
-    link.load = None
+    load = link.load
     request = stream(pool, [[1]], 2)
     await until(lambda: len(replica.recorder.ended) == 1)
-    assert link.load is None
+    assert link.load is load
     await request.aclose()
     request._driver.cancel()
 
@@ -289,3 +338,90 @@ async def test_a_silent_ingress_loses_its_requests(connect: Connect, monkeypatch
     assert replica.recorder.ended[0].finish_reason is not None
     assert replica.recorder.ended[0].finish_reason.value == "abort"
     request._driver.cancel()
+
+
+async def test_a_sequence_that_has_ended_is_not_started_again_elsewhere(connect: Connect) -> None:
+    pool, replicas = await connect(2)
+    replicas[0].executor.open = False
+    replicas[0].executor.gate.release(3)
+    sequences = [Sequence([1], SamplingParams(max_tokens=2)), Sequence([2], SamplingParams(max_tokens=9))]
+    request = RequestStream(pool, "ingress", "r", sequences)  # type: ignore[arg-type]
+    tokens: list[list[int]] = [[], []]
+    reasons: list[str] = []
+    async for events in request:
+        for event in events:
+            tokens[event.index] += event.token_ids
+            if event.finish_reason:
+                reasons.append(f"{event.index} {event.finish_reason}")
+                replicas[0].executor.dead = True  # the first end came before the second sequence was done
+    assert tokens == [expected([1], 2), expected([2], 9)]
+    assert reasons == ["0 length", "1 length"]
+    assert [request.index for request in replicas[1].recorder.ended] == [1]
+
+
+async def test_a_lost_link_moves_its_streams_and_frees_the_old_blocks(connect: Connect) -> None:
+    pool, replicas = await connect(2)
+    replicas[0].executor.open = False
+    replicas[0].executor.gate.release(3)
+    request = stream(pool, [[1, 2]], 8)
+    reader = asyncio.create_task(collect(request, 1))
+    await until(lambda: len(request._states[0].token_ids) == 3)
+    pool.links[0].close()
+    tokens, _ = await reader
+    assert tokens == [expected([1, 2], 8)]
+    replicas[0].executor.open = True
+    await until(lambda: len(replicas[0].recorder.ended) == 1 and replicas[0].num_used_blocks == 0)
+
+
+async def test_an_abort_that_overtakes_its_call_keeps_it_from_starting(connect: Connect) -> None:
+    pool, (replica,) = await connect()
+    replica.call_delay_s = 0.3
+    request = stream(pool, [[1] * 8], 50)
+    await asyncio.sleep(0)
+    await until(lambda: request._call is not None)
+    await request.aclose()
+    await until(lambda: bool(replica.loop._ledger._aborted_early))
+    await asyncio.gather(*(task for task in asyncio.all_tasks() if "Replica._generate" in repr(task)))
+    assert replica.recorder.ended == []
+    assert replica.num_used_blocks == 0
+
+
+async def test_an_error_reaches_the_reader_whenever_it_looks(connect: Connect) -> None:
+    pool, (replica,) = await connect()
+    for _ in range(20):
+        request = stream(pool, [[1] * 120], 50)
+        await until(lambda request=request: request._finished)
+        with pytest.raises(BackendError, match="120 tokens"):
+            await collect(request, 1)
+    assert replica.loop.problem() is None
+
+
+async def test_nobody_on_the_network_can_break_a_replica(connect: Connect) -> None:
+    pool, (replica,) = await connect()
+    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+    stranger = context.socket(zmq.DEALER)
+    stranger.connect(replica.loop.endpoint)
+    nested = b"\x91" * 100_000 + b"\xc0"
+    attach = msgspec.msgpack.encode(Attach("ingress", "guess\u00e9"))
+    for frames in ([b"a", b"b"], [b""], [b"\xff" * 10], [nested], [attach], [b"\x82\xa4type\xa6attach\xa1\xff\xc0"]):
+        stranger.send_multipart(frames)
+    finish = msgspec.msgpack.encode({"type": "finish", "request_id": "r", "index": -1, "reason": "abort"})
+    stranger.send(finish)
+    tokens, _ = await collect(stream(pool, [[1, 2]], 8), 1)
+    assert tokens == [expected([1, 2], 8)]
+    assert replica.loop.problem() is None
+    assert replica.loop._ledger._aborted_early == {}
+    stranger.close(linger=0)
+    context.term()
+
+
+async def test_steps_scheduled_ahead_arrive_without_gaps(connect: Connect) -> None:
+    pool, (replica,) = await connect(steps_in_flight=2)
+    replica.executor.per_collect = 2
+    link = pool.links[0]
+    sent: list[object] = []
+    send = link.send
+    link.send = lambda message: (sent.append(message), send(message))[1]  # type: ignore[method-assign]
+    tokens, _ = await collect(stream(pool, [[1, 2, 3]], 12), 1)
+    assert tokens == [expected([1, 2, 3], 12)]
+    assert sent == []

@@ -99,13 +99,6 @@ class BlockPool:
             self._block_of[block_hash] = block
             self._hash_of[block] = block_hash
 
-    def clear_cache(self) -> None:
-        """Forget all content: cached blocks become free, used ones can no longer be found."""
-        self._free.extend(self._cached)
-        self._cached.clear()
-        self._hash_of.clear()
-        self._block_of.clear()
-
     def check_integrity(self) -> None:
         """Raise RuntimeError unless every block is in exactly one state and the hash maps mirror each other."""
         free, cached = set(self._free), set(self._cached)

@@ -57,6 +57,7 @@ class KVCacheManager:
             raise RuntimeError("admit() without can_admit()")
         request.block_ids = hit.blocks + fresh
         request.num_computed_tokens = hit.num_tokens
+        request.num_published_blocks = len(hit.blocks)
 
     def grow(self, request: Request, num_tokens: int) -> bool:
         """Extend the block table to hold ``num_tokens`` tokens; False (and nothing changed) when blocks are short."""
@@ -69,20 +70,22 @@ class KVCacheManager:
         request.block_ids += fresh
         return True
 
-    def publish_computed(self, request: Request, before: int, after: int) -> None:
-        """Make blocks findable that become full as computed tokens grow from ``before`` to ``after``.
+    def publish_computed(self, request: Request, num_computed_tokens: int) -> None:
+        """Make blocks findable that are full of known tokens, ``num_computed_tokens`` of which have their KV.
 
         Called when the step that computes them is scheduled: steps run in order, and a step writes all its KV of a
-        layer before it reads any, so that whoever finds them, in this very step too, reads what was written.
+        layer before it reads any, so that whoever finds them, in this very step too, reads what was written. A block
+        whose last token is still being sampled is published by a later call.
         """
         if not self.enable_prefix_caching:
             return
-        first, last = before // self.block_size, min(after, request.num_tokens) // self.block_size
-        if last <= first:
+        full = min(num_computed_tokens, request.num_tokens) // self.block_size
+        if full <= request.num_published_blocks:
             return
         self._extend_hashes(request)
-        for position in range(first, last):
+        for position in range(request.num_published_blocks, full):
             self.pool.publish(request.block_ids[position], request.block_hashes[position])
+        request.num_published_blocks = full
 
     def release(self, request: Request) -> None:
         """Give all blocks back; what was published stays findable until evicted."""

@@ -48,6 +48,7 @@ class Request:
     block_ids: list[int] = field(default_factory=list)
     block_hashes: list[bytes] = field(default_factory=list)  # chain digests of the full blocks of known tokens
     num_computed_tokens: int = 0  # KV written, or being written by a step in flight
+    num_published_blocks: int = 0  # of the first blocks, those that can be found by their hash
     num_placeholders: int = 0
     num_in_flight: int = 0  # steps scheduled and not yet updated that include it
     num_cached_tokens: int = 0  # prompt tokens found cached when first admitted

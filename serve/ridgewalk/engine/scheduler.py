@@ -8,7 +8,6 @@ and none of these in a step that had to preempt.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from ridgewalk.engine.batch_builder import BatchBuilder
@@ -27,6 +26,7 @@ class NewToken:
     """One token that a step gave one request."""
 
     request: Request
+    offset: int  # its position in the request's output
     token_id: int
     logprobs: TokenLogprobs | None
 
@@ -139,10 +139,6 @@ class Scheduler:
         """Steps scheduled and not yet updated."""
         return len(self._in_flight)
 
-    def requests(self) -> Iterator[Request]:
-        """Every request that has not ended."""
-        return iter(self._requests.values())
-
     # -- steps ------------------------------------------------------------------------------------------------------
 
     def schedule(self, now: float, measure: bool = False) -> StepInput | None:
@@ -154,8 +150,8 @@ class Scheduler:
         if len(self._in_flight) >= self.config.max_steps_in_flight:
             raise RuntimeError("schedule() called with max_steps_in_flight steps open")
         plans = [_Plan(group, self.config.max_num_batched_tokens) for group in self.groups]
+        self.throttled = False
         preempted = [self._schedule_running(plan) for plan in plans]
-        self.throttled = any(preempted)
         if not any(preempted):
             self._schedule_waiting(plans, now)
         if not any(plan.rows for plan in plans):
@@ -199,9 +195,10 @@ class Scheduler:
                 continue
             num_tokens = min(request.num_tokens_to_compute, plan.budget)
             while not plan.group.kv.grow(request, request.num_computed_tokens + num_tokens):
-                victim = self._choose_victim(plan)
-                if victim is None:
-                    break  # blocks come back when steps in flight end
+                self.throttled = True
+                victim = plan.group.running[-1]
+                if victim.num_in_flight:
+                    break  # its blocks are not free at once: wait for the steps in flight instead
                 preempted = True
                 self._preempt(victim, plan)
                 if victim is request:
@@ -217,12 +214,8 @@ class Scheduler:
             return True
         return self.config.schedule_ahead and request.may_sample_more
 
-    def _choose_victim(self, plan: _Plan) -> Request | None:
-        """The last admitted request that no step in flight uses (its blocks must be free at once)."""
-        return next((request for request in reversed(plan.group.running) if request.num_in_flight == 0), None)
-
     def _preempt(self, victim: Request, plan: _Plan) -> None:
-        """Take the victim's blocks; it starts again from the front of the queue and recomputes what it had."""
+        """Take a request's blocks; it starts again from the front of the queue and recomputes what it had."""
         plan.group.running.remove(victim)
         for row in [row for row in plan.rows if row[0] is victim]:
             plan.rows.remove(row)
@@ -243,7 +236,7 @@ class Scheduler:
             ]
             choice = self._choose_group(request, open_plans)
             if choice is None:
-                self.throttled = bool(open_plans)
+                self.throttled = self.throttled or bool(open_plans)
                 return
             plan, hit = choice
             self.waiting.popleft()
@@ -269,7 +262,7 @@ class Scheduler:
         num_tokens = min(request.num_tokens_to_compute, plan.budget)
         plan.add(request, num_tokens)
         # Nothing preempts any more in this step: requests admitted next may share these blocks already.
-        plan.group.kv.publish_computed(request, hit.num_tokens, hit.num_tokens + num_tokens)
+        plan.group.kv.publish_computed(request, hit.num_tokens + num_tokens)
 
     def _commit(self, index: int, plan: _Plan) -> GroupBatch:
         """Advance the planned requests as if the step had run, and write it down for the ranks."""
@@ -284,7 +277,7 @@ class Scheduler:
             )
             request.max_computed_tokens = max(request.max_computed_tokens, request.num_computed_tokens)
             request.num_placeholders += samples
-            plan.group.kv.publish_computed(request, before, request.num_computed_tokens)
+            plan.group.kv.publish_computed(request, request.num_computed_tokens)
         return batch
 
     # -- results ----------------------------------------------------------------------------------------------------
@@ -304,7 +297,7 @@ class Scheduler:
             request.token_ids.append(token_id)
             self.counters.generation_tokens += 1
             logprobs = output.logprobs[row] if output.logprobs is not None else None
-            result.new_tokens.append(NewToken(request, token_id, logprobs))
+            result.new_tokens.append(NewToken(request, request.num_output_tokens - 1, token_id, logprobs))
             reason = _finish_reason(request, token_id)
             if reason is not None:
                 self._end(request, reason)

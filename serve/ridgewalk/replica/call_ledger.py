@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import OrderedDict, defaultdict
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from ridgewalk.engine.request import Request
@@ -11,7 +10,7 @@ from ridgewalk.engine.step import TokenLogprobs
 from ridgewalk.replica.protocol import GenerateCall, GenerateReply, ReplyStatus, SequenceEnd, TokenChunk
 
 KEEP_ENDED_S = 30.0
-"""Tokens of an ended call stay so long for an ingress that lost frames."""
+"""Tokens of an ended call stay so long for an ingress that lost frames, and aborts of calls not seen yet."""
 
 
 @dataclass
@@ -38,6 +37,7 @@ class CallLedger:
 
     def __init__(self) -> None:
         self._records: OrderedDict[str, CallRecord] = OrderedDict()
+        self._aborted_early: dict[str, float] = {}  # when, by request id
         self._by_ingress: defaultdict[str, set[str]] = defaultdict(set)  # unended ones
 
     def open(self, call: GenerateCall) -> CallRecord:
@@ -52,19 +52,26 @@ class CallLedger:
         """The record, also for a while after its end."""
         return self._records.get(request_id)
 
+    def abort_early(self, request_id: str, now: float) -> None:
+        """An abort came before its call: the channel is faster than Ray."""
+        self._aborted_early[request_id] = now
+
+    def was_aborted(self, request_id: str) -> bool:
+        """True for a call that must not start any more."""
+        return request_id in self._aborted_early
+
     def is_open(self, request_id: str) -> bool:
         """True for a call that has not ended."""
         record = self._records.get(request_id)
         return record is not None and record.ended_at is None
 
-    def open_calls(self, ingress_id: str | None = None) -> list[CallRecord]:
-        """Calls not ended, of one ingress or of all."""
-        names: Iterable[str] = (
-            list(self._by_ingress.get(ingress_id, ()))
-            if ingress_id is not None
-            else [key for key, record in self._records.items() if record.ended_at is None]
-        )
-        return [self._records[name] for name in names]
+    def open_calls(self, ingress_id: str) -> list[CallRecord]:
+        """Calls of an ingress that have not ended."""
+        return [self._records[request_id] for request_id in self._by_ingress.get(ingress_id, ())]
+
+    def ends_so_far(self, request_id: str) -> list[SequenceEnd]:
+        """Of a call, the sequences that have ended."""
+        return list(self._records[request_id].ends.values())
 
     def end_sequence(self, record: CallRecord, end: SequenceEnd, now: float) -> GenerateReply | None:
         """Note a sequence's end; the call's reply if it was the last one. A second end is ignored."""
@@ -80,7 +87,10 @@ class CallLedger:
     def chunk_from(self, record: CallRecord, index: int, offset: int) -> TokenChunk | None:
         """Everything a sequence has produced from ``offset`` on, or None when there is nothing."""
         request = record.requests.get(index)
-        if request is None or offset >= request.num_output_tokens or offset < record.first_offset[index]:
+        end = record.ends.get(index)
+        if request is None or offset < record.first_offset[index]:
+            return None
+        if offset >= request.num_output_tokens and end is None:
             return None
         logprobs = record.logprobs.get(index)
         return TokenChunk(
@@ -90,6 +100,7 @@ class CallLedger:
             request.output_token_ids[offset:],
             None if logprobs is None else logprobs[offset - record.first_offset[index] :],
             request.num_cached_tokens,
+            end,
         )
 
     def forget_old(self, now: float) -> None:
@@ -97,5 +108,8 @@ class CallLedger:
         for request_id, record in list(self._records.items()):
             if record.ended_at is not None and now - record.ended_at > KEEP_ENDED_S:
                 del self._records[request_id]
+        for request_id, aborted_at in list(self._aborted_early.items()):
+            if now - aborted_at > KEEP_ENDED_S:
+                del self._aborted_early[request_id]
         for ingress_id in [key for key, names in self._by_ingress.items() if not names]:
             del self._by_ingress[ingress_id]

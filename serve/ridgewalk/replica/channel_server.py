@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import secrets
 from dataclasses import dataclass
+from typing import TypeVar
 
 import msgspec
 import zmq
@@ -16,8 +17,24 @@ logger = logging.getLogger(__name__)
 HEARTBEAT_TIMEOUT_S = 3.0
 """An ingress not heard for so long is gone: its requests are aborted."""
 
+MAX_MESSAGE_BYTES = 2**20
+"""Of what an ingress may send: its messages are small."""
+
 SEND_QUEUE_FRAMES = 4096
 """Frames queued for an ingress that does not read; beyond it frames are dropped, and it asks for them again."""
+
+
+Message = TypeVar("Message")
+
+
+def decode_stranger(decoder: msgspec.msgpack.Decoder[Message], frames: list[bytes]) -> Message | None:
+    """The message of a ROUTER's ``[identity, payload]``, or None: anybody on the network may send anything."""
+    if len(frames) != 2:
+        return None
+    try:
+        return decoder.decode(frames[1])
+    except (msgspec.DecodeError, ValueError, RecursionError):
+        return None
 
 
 @dataclass
@@ -38,6 +55,7 @@ class ChannelServer:
         self.socket.setsockopt(zmq.ROUTER_MANDATORY, 1)  # sending to nobody, or to a full queue, is an error
         self.socket.setsockopt(zmq.ROUTER_HANDOVER, 1)  # an ingress that reconnects takes its place again
         self.socket.setsockopt(zmq.SNDHWM, SEND_QUEUE_FRAMES)
+        self.socket.setsockopt(zmq.MAXMSGSIZE, MAX_MESSAGE_BYTES)
         port = self.socket.bind_to_random_port(f"tcp://{address}")
         self.endpoint = f"tcp://{address}:{port}"
         self._ingresses: dict[str, _Ingress] = {}
@@ -53,14 +71,12 @@ class ChannelServer:
         requests: list[tuple[str, Finish | Resend]] = []
         while True:
             try:
-                routing_id, payload = self.socket.recv_multipart(zmq.NOBLOCK)
+                frames = self.socket.recv_multipart(zmq.NOBLOCK)
             except zmq.Again:
                 return requests
-            try:
-                message: ToReplica = self._decoder.decode(payload)
-            except msgspec.DecodeError:
-                continue  # not one of ours
-            self._take(routing_id, message, now, requests)
+            message = decode_stranger(self._decoder, frames)
+            if message is not None:
+                self._take(frames[0], message, now, requests)
 
     def send(self, ingress_id: str, chunks: list[TokenChunk], load: LoadReport) -> None:
         """One frame, or none if the ingress cannot take it now: it notices the gap and asks again."""
@@ -78,6 +94,11 @@ class ChannelServer:
             ingress.routing_id = None  # disconnected; it attaches again or its heartbeat runs out
         else:
             ingress.dropped_frames = 0
+
+    def is_attached(self, ingress_id: str) -> bool:
+        """True for an ingress that frames are sent to."""
+        ingress = self._ingresses.get(ingress_id)
+        return ingress is not None and ingress.routing_id is not None
 
     def ingress_ids(self) -> list[str]:
         """Ingresses that frames are sent to."""
@@ -103,7 +124,9 @@ class ChannelServer:
     ) -> None:
         if isinstance(message, Attach):
             ingress = self._ingresses.get(message.ingress_id)
-            if ingress is not None and secrets.compare_digest(ingress.introduction.secret, message.secret):
+            if ingress is not None and secrets.compare_digest(
+                ingress.introduction.secret.encode(), message.secret.encode()
+            ):
                 ingress.routing_id = routing_id
                 ingress.last_heard = now
             return

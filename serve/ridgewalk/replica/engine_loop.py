@@ -6,6 +6,7 @@ import contextlib
 import logging
 import os
 import queue
+import select
 import threading
 import time
 from collections import defaultdict, deque
@@ -32,7 +33,6 @@ from ridgewalk.replica.protocol import (
     Introduction,
     LoadReport,
     ReplyStatus,
-    Resend,
     SequenceEnd,
     SequenceSpec,
     TokenChunk,
@@ -47,7 +47,10 @@ STUCK_AFTER_S = 60.0
 """With work to do and no step finished for so long, the ranks are stuck."""
 
 UNKNOWN_RETRY_AFTER_S = 5.0
-"""What a refused client is told before any sequence has ended."""
+"""What a refused client is told while too few sequences end to know better."""
+
+RATE_WINDOW_S = 60.0
+"""Sequences that ended longer ago say nothing of how soon a seat will be free."""
 
 
 class StepRecorder(Protocol):
@@ -109,9 +112,10 @@ class EngineLoop:
             if source is not None:
                 self._poller.register(source, zmq.POLLIN)
         self._executor_is_polled = executor_socket is not None
-        self._end_times: deque[float] = deque(maxlen=256)
+        self._num_seats = scheduler_config.max_num_seqs * scheduler_config.num_groups
+        self._end_times: deque[float] = deque(maxlen=1024)  # of sequences that were not aborted
         self._last_report = 0.0
-        self._stopping = False
+        self._stopping = self._stopped = False
         self.failure: str | None = None
         self.endpoint, self.epoch = self._channel.endpoint, self._channel.epoch
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -152,14 +156,19 @@ class EngineLoop:
         self._wake()
         if self._thread.is_alive():
             self._thread.join(timeout=10)
+        if not self._stopped:
+            self._stopped = True
+            os.close(self._wake_read)
+            os.close(self._wake_write)
 
     def _command(self, command: _Submit | _Cancel | Introduction) -> None:
         self._commands.put(command)
         self._wake()
 
     def _wake(self) -> None:
-        with contextlib.suppress(BlockingIOError):  # the pipe is full: the thread has a reason to wake already
-            os.write(self._wake_write, b"x")
+        if not self._stopped:
+            with contextlib.suppress(BlockingIOError):  # the pipe is full: the thread has a reason to wake already
+                os.write(self._wake_write, b"x")
 
     # -- the thread -------------------------------------------------------------------------------------------------
 
@@ -169,12 +178,13 @@ class EngineLoop:
                 self._turn()
         except Exception as error:
             self._fail(error)
-            while not self._stopping:  # refuse what still comes until Serve replaces the replica
-                self._poller.poll(100)
-                self._refuse_commands()
         finally:
             self._core.executor.close()
             self._channel.close()
+            self._context.term()
+        while not self._stopping:  # refuse what still comes until Serve replaces the replica
+            select.select([self._wake_read], [], [], 1.0)
+            self._refuse_commands()
 
     def _turn(self) -> None:
         now = time.monotonic()
@@ -217,30 +227,45 @@ class EngineLoop:
     def _refuse_commands(self) -> None:
         for command in self._drain_commands():
             if isinstance(command, _Submit):
-                command.reply(GenerateReply(ReplyStatus.MOVED))
+                command.reply(GenerateReply(ReplyStatus.LOST))
 
     def _start_call(self, command: _Submit, now: float) -> None:
         call = command.call
-        if self._ledger.is_open(call.request_id):
-            command.reply(GenerateReply(ReplyStatus.MOVED))  # the ingress gave it up and came back before we noticed
+        if self._ledger.was_aborted(call.request_id):
+            ends = [SequenceEnd(spec.index, "abort", len(spec.output_token_ids)) for spec in call.sequences]
+            command.reply(GenerateReply(ReplyStatus.DONE, ends))
             return
-        if self._core.scheduler.num_waiting + len(call.sequences) > self._max_waiting:
-            command.reply(
-                GenerateReply(ReplyStatus.OVERLOADED, retry_after_s=self._retry_after(len(call.sequences), now))
-            )
+        if not self._channel.is_attached(call.ingress_id) or self._ledger.is_open(call.request_id):
+            command.reply(GenerateReply(ReplyStatus.MOVED))  # nobody would hear its tokens
+            return
+        if not call.resumed and self._is_full(len(call.sequences)):
+            retry_after_s = self._retry_after(len(call.sequences), now)
+            command.reply(GenerateReply(ReplyStatus.OVERLOADED, retry_after_s=retry_after_s))
             return
         record = self._ledger.open(call)
         self._replies[call.request_id] = command.reply
         for spec in call.sequences:
             self._start_sequence(record, spec, now)
 
+    def _is_full(self, num_new: int) -> bool:
+        """True when the new sequences would wait behind too many; a queue that is empty takes any request."""
+        return self._core.scheduler.num_waiting > 0 and self._excess(num_new) > 0
+
+    def _excess(self, num_new: int) -> int:
+        scheduler = self._core.scheduler
+        return scheduler.num_waiting + num_new - self._free_seats() - self._max_waiting
+
+    def _free_seats(self) -> int:
+        return max(0, self._num_seats - self._core.scheduler.num_running)
+
     def _retry_after(self, num_new: int, now: float) -> float:
-        """Seconds until the queue has room, at the rate at which sequences have been ending lately."""
-        excess = self._core.scheduler.num_waiting + num_new - self._max_waiting
+        """Seconds until the queue has room, at the rate at which sequences have ended in the last minute."""
+        while self._end_times and now - self._end_times[0] > RATE_WINDOW_S:
+            self._end_times.popleft()
         if len(self._end_times) < 2:
             return UNKNOWN_RETRY_AFTER_S
         rate = len(self._end_times) / max(now - self._end_times[0], 1e-3)
-        return max(1.0, excess / rate)
+        return max(1.0, self._excess(num_new) / rate)
 
     def _start_sequence(self, record: CallRecord, spec: SequenceSpec, now: float) -> None:
         try:
@@ -250,7 +275,7 @@ class EngineLoop:
         except ValueError as error:
             status = 400 if isinstance(error, RequestTooLargeError) else 500
             end = SequenceEnd(spec.index, "error", len(spec.output_token_ids), error=str(error), status=status)
-            self._end_sequence(record, end, now)
+            self._end_sequence(record, end, now)()
             return
         record.requests[spec.index] = request
         record.first_offset[spec.index] = len(spec.output_token_ids)
@@ -262,13 +287,17 @@ class EngineLoop:
     def _take_channel(self, now: float) -> None:
         for ingress_id, message in self._channel.receive(now):
             record = self._ledger.get(message.request_id)
-            if record is None or record.call.ingress_id != ingress_id:
+            if record is None:
+                if isinstance(message, Finish) and message.index == -1:
+                    self._ledger.abort_early(message.request_id, now)
+                continue
+            if record.call.ingress_id != ingress_id:
                 continue
             if isinstance(message, Finish):
                 reason = FinishReason.STOP if message.reason == "stop" else FinishReason.ABORT
                 self._finish(record, message.index, reason, now)
             else:
-                self._resend(record, message)
+                self._resend(record, message.index, message.offset)
         for ingress_id in self._channel.forget_silent(now):
             records = self._ledger.open_calls(ingress_id)
             if records:
@@ -279,27 +308,32 @@ class EngineLoop:
     def _finish(self, record: CallRecord, index: int, reason: FinishReason, now: float) -> None:
         for request in list(record.requests.values()):
             if index in (-1, request.index) and self._core.finish(request, reason):
-                self._ended(request, now)
+                reply = self._ended(request, now)
+                self._resend(record, request.index, request.num_output_tokens)
+                reply()
 
-    def _resend(self, record: CallRecord, message: Resend) -> None:
-        chunk = self._ledger.chunk_from(record, message.index, message.offset)
+    def _resend(self, record: CallRecord, index: int, offset: int) -> None:
+        """Send what a sequence has produced from ``offset`` on, its end included."""
+        chunk = self._ledger.chunk_from(record, index, offset)
         if chunk is not None:
             self._channel.send(record.call.ingress_id, [chunk], self._load())
 
     def _deliver(self, results: list[StepResult], now: float) -> None:
+        """One frame per ingress with all that is new, then the replies of the calls that are complete."""
         if not results:
             return
+        ended = {request.seq_id: self._owners[request.seq_id] for result in results for request in result.ended}
+        tokens = [token for result in results for token in result.new_tokens]
+        replies = [self._ended(request, now) for result in results for request in result.ended]
         frames: defaultdict[str, list[TokenChunk]] = defaultdict(list)
-        for result in results:
-            for token in result.new_tokens:
-                record = self._owners[token.request.seq_id]
-                frames[record.call.ingress_id].append(self._chunk(record, token))
+        for token in tokens:
+            record = ended.get(token.request.seq_id) or self._owners[token.request.seq_id]
+            frames[record.call.ingress_id].append(self._chunk(record, token))
         load = self._load()
         for ingress_id, chunks in frames.items():
             self._channel.send(ingress_id, chunks, load)
-        for result in results:
-            for request in result.ended:
-                self._ended(request, now)
+        for reply in replies:
+            reply()
 
     def _chunk(self, record: CallRecord, token: NewToken) -> TokenChunk:
         request = token.request
@@ -307,16 +341,18 @@ class EngineLoop:
         if token.logprobs is not None:
             record.logprobs[request.index].append(token.logprobs)
             logprobs = [token.logprobs]
-        offset = request.num_output_tokens - 1
+        end = record.ends.get(request.index) if token.offset == request.num_output_tokens - 1 else None
         return TokenChunk(
-            request.request_id, request.index, offset, [token.token_id], logprobs, request.num_cached_tokens
+            request.request_id, request.index, token.offset, [token.token_id], logprobs, request.num_cached_tokens, end
         )
 
-    def _ended(self, request: Request, now: float) -> None:
+    def _ended(self, request: Request, now: float) -> Callable[[], None]:
+        """Note a sequence's end; the returned function answers its call if that is complete now."""
         record = self._owners.pop(request.seq_id)
-        self._end_times.append(now)
         self._recorder.on_ended(request)
         assert request.finish_reason is not None
+        if request.finish_reason is not FinishReason.ABORT:
+            self._end_times.append(now)
         end = SequenceEnd(
             request.index,
             request.finish_reason.value,
@@ -324,12 +360,14 @@ class EngineLoop:
             request.num_cached_tokens,
             request.stop_token_id,
         )
-        self._end_sequence(record, end, now)
+        return self._end_sequence(record, end, now)
 
-    def _end_sequence(self, record: CallRecord, end: SequenceEnd, now: float) -> None:
+    def _end_sequence(self, record: CallRecord, end: SequenceEnd, now: float) -> Callable[[], None]:
         reply = self._ledger.end_sequence(record, end, now)
-        if reply is not None:
-            self._replies.pop(record.call.request_id)(reply)
+        if reply is None:
+            return lambda: None
+        answer = self._replies.pop(record.call.request_id)
+        return lambda: answer(reply)
 
     def _note_admissions(self) -> None:
         still_waiting = []
@@ -355,7 +393,7 @@ class EngineLoop:
             for group in scheduler.groups
             for pool in (group.kv.pool,)
         ]
-        return LoadReport(groups, scheduler.num_running, scheduler.num_waiting)
+        return LoadReport(groups, scheduler.num_running, scheduler.num_waiting, self._num_seats)
 
     def _fail(self, error: Exception) -> None:
         """The ranks are gone: every open call moves to another replica, with the tokens its ingress has."""
@@ -364,7 +402,7 @@ class EngineLoop:
             logger.error("the replica failed: %s", error)
         else:
             logger.exception("the engine failed")
-        for reply in self._replies.values():
-            reply(GenerateReply(ReplyStatus.MOVED))
+        for request_id, reply in self._replies.items():
+            reply(GenerateReply(ReplyStatus.LOST, self._ledger.ends_so_far(request_id)))
         self._replies.clear()
         self._refuse_commands()

@@ -14,7 +14,9 @@ import msgspec
 
 from ridgewalk.replica.protocol import Introduction
 
-READ_LIMIT = 64 * 2**20
+MAX_SNAPSHOT_BYTES = 64 * 2**20
+ASK_TIMEOUT_S = 2.0
+"""How long a connection may take to say its secret."""
 
 
 class ReplicaMetrics(msgspec.Struct, frozen=True):
@@ -44,11 +46,11 @@ class PeerServer:
 
     async def _answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
-            asked = (await reader.readline()).strip()
+            asked = (await asyncio.wait_for(reader.readline(), ASK_TIMEOUT_S)).strip()
             if secrets.compare_digest(asked, self._secret.encode()):
                 writer.write(self._snapshot())
                 await writer.drain()
-        except (ConnectionError, ValueError):
+        except (ConnectionError, ValueError, asyncio.TimeoutError):
             pass  # it went away, or was none of ours: nothing to tell it
         finally:
             writer.close()
@@ -59,10 +61,15 @@ async def ask_peer(peer: Introduction, timeout_s: float) -> bytes | None:
 
     async def ask() -> bytes:
         address, port = peer.endpoint.rsplit(":", 1)
-        reader, writer = await asyncio.open_connection(address, int(port), limit=READ_LIMIT)
+        reader, writer = await asyncio.open_connection(address, int(port))
         try:
             writer.write(peer.secret.encode() + b"\n")
-            return await reader.read()
+            received = b""
+            while chunk := await reader.read(2**16):
+                received += chunk
+                if len(received) > MAX_SNAPSHOT_BYTES:
+                    return b""
+            return received
         finally:
             writer.close()
 

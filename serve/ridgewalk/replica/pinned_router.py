@@ -5,6 +5,7 @@ Serve builds one router per deployment handle, inside the caller's process, and 
 
 from __future__ import annotations
 
+from ray.serve._private.common import RequestMetadata
 from ray.serve._private.request_router.pow_2_router import PowerOfTwoChoicesRequestRouter
 from ray.serve.request_router import PendingRequest, RunningReplica
 
@@ -32,3 +33,18 @@ class PinnedRouter(PowerOfTwoChoicesRequestRouter):
             if pinned:
                 return [pinned]
         return await super().choose_replicas(candidate_replicas, pending_request)
+
+    def _fulfill_next_pending_request(
+        self, replica: RunningReplica, request_metadata: RequestMetadata | None = None
+    ) -> None:
+        """Give the replica to the very request that it was chosen for.
+
+        The power-of-two router gives it to whichever has waited longest, which would undo the pin. The metadata is
+        compared by identity: calls made within one HTTP request may share an internal request id.
+        """
+        for pending in self._pending_requests_to_fulfill:
+            if pending.metadata is request_metadata and not pending.future.done():
+                self._record_queue_wait_time(pending)
+                pending.future.set_result(replica)
+                self._remove_pending_request_from_indices(pending)
+                return

@@ -30,6 +30,7 @@ class GenerateCall(msgspec.Struct, frozen=True, omit_defaults=True):
     request_id: str
     ingress_id: str
     sequences: list[SequenceSpec]
+    resumed: bool = False  # the client has had tokens already: never refused for a full queue
 
 
 class SequenceEnd(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -48,7 +49,8 @@ class ReplyStatus(str, Enum):
     """What became of a call."""
 
     DONE = "done"  # every sequence ended; see `sequences`
-    MOVED = "moved"  # this is not the replica that was asked for: route again
+    MOVED = "moved"  # this is not the replica that was asked for, or it does not hear the ingress: route again
+    LOST = "lost"  # the replica failed; `sequences` are those that had ended before
     OVERLOADED = "overloaded"  # the waiting queue is full: 429
 
 
@@ -69,6 +71,7 @@ class TokenChunk(msgspec.Struct, frozen=True, array_like=True):
     token_ids: list[int]
     logprobs: list[TokenLogprobs] | None = None
     num_cached_tokens: int = 0
+    end: SequenceEnd | None = None  # these were the last ones
 
 
 class GroupLoad(msgspec.Struct, frozen=True, array_like=True):
@@ -86,6 +89,7 @@ class LoadReport(msgspec.Struct, frozen=True, array_like=True):
     groups: list[GroupLoad]
     num_running: int
     num_waiting: int
+    num_seats: int  # sequences that may run at once
 
 
 class Introduction(msgspec.Struct, frozen=True):

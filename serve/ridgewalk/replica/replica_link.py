@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from typing import Protocol
 
 import msgspec
 import zmq
@@ -13,7 +13,19 @@ from ridgewalk.replica.protocol import Attach, ChannelAddress, Finish, Frame, Lo
 from ridgewalk.routing.least_loaded import ReplicaLoad
 
 SILENT_AFTER_S = 3.0
-"""A replica reports every 100 ms; one not heard for so long is introduced to again."""
+"""A replica reports every 100 ms; one not heard for so long is connected to anew."""
+
+
+class Subscriber(Protocol):
+    """Who follows a call on a link."""
+
+    def on_chunk(self, chunk: TokenChunk) -> None:
+        """Tokens of the call, or the end of one of its sequences."""
+        ...
+
+    def on_link_lost(self) -> None:
+        """Nothing will come any more."""
+        ...
 
 
 class ReplicaLink:
@@ -32,11 +44,11 @@ class ReplicaLink:
         self.placement = placement
         self.replica_id = replica_id
         self.load: LoadReport | None = None
-        self.num_sent = 0  # sequences sent since the last report
         self.closed = False
         self._epoch = address.epoch
         self._attach = attach
-        self._streams: dict[str, Callable[[TokenChunk], None]] = {}  # by request id
+        self._subscribers: dict[str, tuple[Subscriber, int]] = {}  # by request id; with its number of sequences
+        self._avoided_until = 0.0
         self._encoder = msgspec.msgpack.Encoder()
         self._decoder = msgspec.msgpack.Decoder(Frame)
         self._socket = context.socket(zmq.DEALER)
@@ -49,29 +61,38 @@ class ReplicaLink:
         self.heartbeat()
 
     @property
-    def ready(self) -> bool:
-        """True once the replica has reported."""
-        return self.load is not None and not self.closed
+    def routable(self) -> bool:
+        """True when the replica has reported and nothing speaks against sending it a request."""
+        return self.load is not None and not self.closed and self._event_loop.time() >= self._avoided_until
 
     @property
     def silent(self) -> bool:
         """True when the replica has not been heard for too long."""
         return self._event_loop.time() - self._last_heard > SILENT_AFTER_S
 
-    def subscribe(self, request_id: str, on_chunk: Callable[[TokenChunk], None]) -> None:
-        """Hand the chunks of a request to ``on_chunk``."""
-        self._streams[request_id] = on_chunk
+    @property
+    def in_use(self) -> bool:
+        """True while somebody follows a call."""
+        return bool(self._subscribers)
+
+    def avoid(self, seconds: float) -> None:
+        """Send nothing new here for a while; what runs goes on."""
+        self._avoided_until = self._event_loop.time() + seconds
+
+    def subscribe(self, request_id: str, subscriber: Subscriber, num_sequences: int) -> None:
+        """Follow a call."""
+        self._subscribers[request_id] = subscriber, num_sequences
 
     def unsubscribe(self, request_id: str) -> None:
-        """Ignore what still comes for a request."""
-        self._streams.pop(request_id, None)
+        """Ignore what still comes for a call."""
+        self._subscribers.pop(request_id, None)
 
     def heartbeat(self) -> None:
         """Say that this ingress is there."""
         self.send(self._attach)
 
     def send(self, message: Attach | Finish | Resend) -> None:
-        """Queue a message; dropped when the queue is full (heartbeats and resends are repeated)."""
+        """Queue a message. Dropped when the queue is full; whoever needs an answer asks again."""
         if self.closed:
             return
         try:
@@ -82,24 +103,29 @@ class ReplicaLink:
         self._event_loop.call_soon(self._read)
 
     def routing_load(self) -> ReplicaLoad:
-        """The load as the routing policy sees it. Requires `ready`."""
+        """The load as the routing policy sees it. Requires `routable`."""
         load = self.load
         assert load is not None
         return ReplicaLoad(
             self.replica_id,
             load.num_running,
             load.num_waiting,
-            self.num_sent,
+            sum(count for _, count in self._subscribers.values()),
+            load.num_seats,
             sum(group.total_blocks - group.used_blocks for group in load.groups),
             sum(group.total_blocks for group in load.groups),
         )
 
     def close(self) -> None:
-        """Disconnect. Idempotent."""
-        if not self.closed:
-            self.closed = True
-            self._event_loop.remove_reader(self._socket.getsockopt(zmq.FD))
-            self._socket.close()
+        """Disconnect and tell everybody who follows a call. Idempotent."""
+        if self.closed:
+            return
+        self.closed = True
+        self._event_loop.remove_reader(self._socket.getsockopt(zmq.FD))
+        self._socket.close()
+        subscribers, self._subscribers = self._subscribers, {}
+        for subscriber, _ in subscribers.values():
+            subscriber.on_link_lost()
 
     def _read(self) -> None:
         while not self.closed:
@@ -114,8 +140,7 @@ class ReplicaLink:
     def _take(self, frame: Frame) -> None:
         self._last_heard = self._event_loop.time()
         self.load = frame.load
-        self.num_sent = 0
         for chunk in frame.chunks:
-            on_chunk = self._streams.get(chunk.request_id)
-            if on_chunk is not None:
-                on_chunk(chunk)
+            subscriber = self._subscribers.get(chunk.request_id)
+            if subscriber is not None:
+                subscriber[0].on_chunk(chunk)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 
 import msgspec
 import ray
@@ -39,19 +39,23 @@ class ReplicaPool:
         self._handles = handles
         self._on_routed = on_routed
         self._links: dict[str, ReplicaLink] = {}
+        self._listed: set[str] = set()  # running, as Serve says: others finish what they have, and get nothing new
         self._connecting: dict[str, asyncio.Task[None]] = {}
         self._changed = asyncio.Event()
 
     @property
     def ready(self) -> bool:
         """True while at least one replica can take requests."""
-        return any(link.ready for link in self._links.values())
+        return bool(self._routable(()))
 
     def maintain(self) -> None:
-        """Follow Serve's list of replicas: connect to new ones, drop gone ones. Called several times a second."""
+        """Follow Serve's list of replicas: connect to new ones, let gone ones finish. Called several times a second."""
         listed = {replica_id: placement for placement, replica_id in self.replicas()}
-        for replica_id in [key for key, link in self._links.items() if key not in listed or link.silent]:
-            self.drop(self._links[replica_id])
+        self._listed = set(listed)
+        for replica_id, link in list(self._links.items()):
+            if link.closed or link.silent or not (replica_id in listed or link.in_use):
+                del self._links[replica_id]
+                link.close()
         for replica_id, placement in listed.items():
             if replica_id not in self._links and replica_id not in self._connecting:
                 self._connecting[replica_id] = asyncio.create_task(self._connect(placement, replica_id))
@@ -75,21 +79,14 @@ class ReplicaPool:
         """The handle of a placement's deployment."""
         return self._handles[placement]
 
-    def choose(self, num_sequences: int) -> ReplicaLink | None:
-        """The replica for a request of so many sequences, or None while there is none."""
-        decision = choose_replica(link.routing_load() for link in self._links.values() if link.ready)
+    def choose(self, excluded: Collection[str] = ()) -> ReplicaLink | None:
+        """The replica for a new request, or None while there is none beside the ``excluded`` ids."""
+        decision = choose_replica(link.routing_load() for link in self._routable(excluded))
         if decision is None:
             return None
         link = self._links[decision.replica_id]
         self._on_routed(link.placement, decision.reason)
-        link.num_sent += num_sequences
         return link
-
-    def drop(self, link: ReplicaLink) -> None:
-        """The replica does not answer as it should; it is connected to again if Serve still lists it."""
-        link.close()
-        if self._links.get(link.replica_id) is link:
-            del self._links[link.replica_id]
 
     async def wait_ready(self, timeout_s: float) -> bool:
         """Wait until a replica can take requests; False after ``timeout_s``."""
@@ -106,8 +103,15 @@ class ReplicaPool:
         """Disconnect from every replica."""
         for task in self._connecting.values():
             task.cancel()
-        for link in list(self._links.values()):
-            self.drop(link)
+        for link in self._links.values():
+            link.close()
+
+    def _routable(self, excluded: Collection[str]) -> list[ReplicaLink]:
+        return [
+            link
+            for replica_id, link in self._links.items()
+            if link.routable and replica_id in self._listed and replica_id not in excluded
+        ]
 
     async def _connect(self, placement: str, replica_id: str) -> None:
         handle = self._handles[placement]
@@ -115,7 +119,9 @@ class ReplicaPool:
             answer = await asyncio.wait_for(
                 _introduce(handle, msgspec.msgpack.encode(self._introduction), replica_id), CALL_TIMEOUT_S
             )
-            if answer is not None:
+            if answer is None:
+                await asyncio.sleep(0.5)  # it failed, or is not the one that was meant: Serve will tell
+            else:
                 address = msgspec.msgpack.decode(answer, type=ChannelAddress)
                 self._links[replica_id] = ReplicaLink(
                     self._context, handle, placement, replica_id, self._attach, address

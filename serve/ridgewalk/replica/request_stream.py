@@ -7,38 +7,31 @@ import logging
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 
-import msgspec
 import ray
-from ray.serve.exceptions import RayServeException, RequestCancelledError
+from ray.serve.exceptions import RayServeException
 
 from ridgewalk.api.backend import BackendError, Sequence, TokenEvent
-from ridgewalk.engine.step import TokenLogprobs
-from ridgewalk.replica.protocol import (
-    Finish,
-    GenerateCall,
-    GenerateReply,
-    ReplyStatus,
-    Resend,
-    SequenceEnd,
-    SequenceSpec,
-    TokenChunk,
-)
+from ridgewalk.replica.open_call import OpenCall
+from ridgewalk.replica.protocol import Finish, GenerateReply, ReplyStatus, Resend, SequenceEnd, SequenceSpec, TokenChunk
 from ridgewalk.replica.replica_link import ReplicaLink
 from ridgewalk.replica.replica_pool import ReplicaPool
 
 logger = logging.getLogger(__name__)
 
-MAX_ATTEMPTS = 8
-"""Replicas tried before a request is given up."""
+MAX_LOSSES = 3
+"""Replicas that may fail under a request before it is given up: it may be the request that breaks them."""
 
-NO_REPLICA_TIMEOUT_S = 60.0
-"""How long a request waits for a live replica: about what Serve needs to replace one."""
+MAX_ATTEMPTS = 100
+"""Calls of one request in all; each that finds its replica gone costs a moment's wait."""
+
+AVOID_MOVED_S, AVOID_LOST_S = 0.5, 5.0
+"""How long nothing new is sent to a replica that was not there, or that failed."""
+
+NEW_TIMEOUT_S, RESUMED_TIMEOUT_S = 60.0, 600.0
+"""How long a request waits for a live replica: a fresh one, and one whose client has had tokens."""
 
 RESEND_EVERY_S = 0.25
-"""How long to wait for tokens that a reply announced before asking for them again."""
-
-ABORT_TIMEOUT_S = 5.0
-"""How long an aborted call may stay open before it is cancelled through Ray."""
+"""How long to wait for missing tokens before asking for them again."""
 
 
 @dataclass
@@ -46,29 +39,37 @@ class _SequenceState:
     sequence: Sequence
     token_ids: list[int] = field(default_factory=list)
     end: SequenceEnd | None = None
-    resend_asked_at: int | None = None  # the offset asked for, until something arrives
+    stopped: bool = False  # this side has all it wants
+    told: bool = False  # the reader has had the last event
+    resend_asked_at: float = 0.0
+
+    @property
+    def settled(self) -> bool:
+        """True when the replica has nothing more to do for it."""
+        return self.stopped or self.end is not None
 
     @property
     def complete(self) -> bool:
-        return self.end is not None and len(self.token_ids) >= self.end.num_output_tokens
+        return self.stopped or (self.end is not None and len(self.token_ids) >= self.end.num_output_tokens)
 
 
 class RequestStream:
-    """Implements `api.backend.TokenStream`."""
+    """Implements `api.backend.TokenStream` and `replica_link.Subscriber`."""
 
     def __init__(self, pool: ReplicaPool, ingress_id: str, request_id: str, sequences: list[Sequence]) -> None:
         self._pool = pool
         self._ingress_id = ingress_id
         self._request_id = request_id
-        self._call_id = request_id
         self._states = [_SequenceState(sequence) for sequence in sequences]
         self._events: list[TokenEvent] = []
-        self._wake = asyncio.Event()
+        self._has_events = asyncio.Event()  # for the reader
+        self._changed = asyncio.Event()  # for the driver
         self._error: BackendError | None = None
-        self._link: ReplicaLink | None = None
+        self._finished = False  # the driver has nothing more to say
         self._closed = False
-        self._driver = asyncio.create_task(self._drive())
-        self._driver.add_done_callback(self._driver_ended)
+        self._call: OpenCall | None = None
+        self._event_loop = asyncio.get_running_loop()
+        self._driver = asyncio.create_task(self._run())
 
     # -- api.backend.TokenStream ------------------------------------------------------------------------------------
 
@@ -77,140 +78,187 @@ class RequestStream:
             if self._events:
                 events, self._events = self._events, []
                 yield events
-                continue
-            if self._error is not None:
+            elif self._error is not None:
                 raise self._error
-            if self._driver.done():
+            elif self._finished:
                 return
-            self._wake.clear()
-            await self._wake.wait()
+            else:
+                self._has_events.clear()
+                await self._has_events.wait()
 
     def finish(self, index: int, reason: str) -> None:
         state = self._states[index]
-        if state.end is None and self._link is not None:
-            self._link.send(Finish(self._call_id, index, reason))
+        if state.complete:
+            return
+        state.stopped = True
+        if self._call is not None:
+            self._call.link.send(Finish(self._call.call_id, index, reason))
+        self._tell_end(index, reason, None)
+        self._changed.set()
 
     async def aclose(self) -> None:
-        if self._closed:
-            return
         self._closed = True
-        if not self._driver.done():
-            if self._link is not None:
-                self._link.send(Finish(self._call_id, -1, "abort"))
-            loop = asyncio.get_running_loop()
-            loop.call_later(ABORT_TIMEOUT_S, self._driver.cancel)
+        self._changed.set()
+
+    # -- replica_link.Subscriber ------------------------------------------------------------------------------------
+
+    def on_chunk(self, chunk: TokenChunk) -> None:
+        state = self._states[chunk.index]
+        have = len(state.token_ids)
+        if state.stopped:
+            return
+        if chunk.offset > have:
+            self._ask_again(chunk.index)
+            return
+        if chunk.end is not None:
+            state.end = chunk.end
+        new = chunk.token_ids[have - chunk.offset :]
+        if new:
+            logprobs = None if chunk.logprobs is None else chunk.logprobs[have - chunk.offset :]
+            state.token_ids += new
+            self._tell(TokenEvent(chunk.index, new, logprobs, chunk.num_cached_tokens))
+        self._settle(chunk.index)
+
+    def on_link_lost(self) -> None:
+        self._changed.set()
 
     # -- driving ----------------------------------------------------------------------------------------------------
 
+    async def _run(self) -> None:
+        try:
+            await self._drive()
+        except BackendError as error:
+            self._error = error
+        except Exception:
+            logger.exception("request %s failed", self._request_id)
+            self._error = BackendError("The request failed inside the service.", 500)
+        finally:
+            self._finished = True
+            self._has_events.set()
+
     async def _drive(self) -> None:
+        losses = 0
+        refusals: dict[str, float] = {}  # seconds to wait, by replica whose queue is full
         for attempt in range(MAX_ATTEMPTS):
+            if self._closed or self._complete:
+                return
+            link = await self._choose_link(refusals)
             if self._closed:
                 return
-            link = await self._choose_link()
-            self._link = link
-            self._call_id = f"{self._request_id}.{attempt}"
-            link.subscribe(self._call_id, self._on_chunk)
-            try:
-                reply = await self._call(link)
-                if reply is not None and await self._finished(link, reply):
-                    return
-            finally:
-                link.unsubscribe(self._call_id)
-            self._pool.drop(link)
-            logger.warning("request %s continues on another replica", self._request_id)
-        raise BackendError("No replica could finish the request; try again.", 503)
+            reply = await self._attempt(link, f"{self._request_id}.{attempt}")
+            if self._closed or self._complete:
+                return
+            if reply is not None and reply.status is ReplyStatus.OVERLOADED:
+                refusals[link.replica_id] = reply.retry_after_s
+            elif reply is not None and reply.status is ReplyStatus.MOVED:
+                link.avoid(AVOID_MOVED_S)
+            else:
+                losses += 1
+                if losses >= MAX_LOSSES:
+                    break
+                link.avoid(AVOID_LOST_S)
+                logger.warning("request %s lost replica %s and continues", self._request_id, link.replica_id)
+        raise BackendError(f"The request was lost {losses} times with its replica and is given up.", 500)
 
-    async def _choose_link(self) -> ReplicaLink:
-        link = self._pool.choose(len(self._states))
-        while link is None:
-            if not await self._pool.wait_ready(NO_REPLICA_TIMEOUT_S):
+    async def _choose_link(self, refusals: dict[str, float]) -> ReplicaLink:
+        while (link := self._pool.choose(refusals)) is None:
+            if refusals:
+                raise BackendError(
+                    "Too many requests are waiting for this model; try again later.", 429, min(refusals.values())
+                )
+            timeout_s = RESUMED_TIMEOUT_S if self._resumed else NEW_TIMEOUT_S
+            if not await self._pool.wait_ready(timeout_s):
                 raise BackendError("No replica of the model is running; try again later.", 503, 5.0)
-            link = self._pool.choose(len(self._states))
         return link
 
-    async def _call(self, link: ReplicaLink) -> GenerateReply | None:
-        """The replica's reply, or None when it died."""
+    async def _attempt(self, link: ReplicaLink, call_id: str) -> GenerateReply | None:
+        """One call: until all is complete, the reader has gone, the replica says no more, or it is lost (None)."""
         specs = [
             SequenceSpec(index, state.sequence.prompt_token_ids, state.sequence.sampling, state.token_ids[:])
             for index, state in enumerate(self._states)
             if not state.complete
         ]
-        call = GenerateCall(self._call_id, self._ingress_id, specs)
+        call = self._call = OpenCall(link, call_id, self._ingress_id, specs, self._resumed, self._changed.set)
+        link.subscribe(call_id, self, len(specs))
         try:
-            answer = await link.handle.generate.remote(msgspec.msgpack.encode(call), replica_id=link.replica_id)
-        except RequestCancelledError:
-            raise asyncio.CancelledError from None
-        except (ray.exceptions.RayError, RayServeException) as error:
-            logger.warning("replica %s is lost: %s", link.replica_id, type(error).__name__)
-            return None
-        return msgspec.msgpack.decode(answer, type=GenerateReply)
+            reply: GenerateReply | None = None
+            while not (self._complete or self._closed):
+                self._changed.clear()
+                if reply is None and call.done:
+                    reply = self._take_reply(call)
+                    if reply is None or reply.status is not ReplyStatus.DONE:
+                        return reply
+                elif link.closed:
+                    return None
+                else:
+                    await self._wait(RESEND_EVERY_S if reply is not None else None)
+            return reply
+        finally:
+            self._call = None
+            link.unsubscribe(call_id)
+            call.release(abort=not all(self._states[spec.index].settled for spec in specs))
+            self._forget_incomplete_ends()
 
-    async def _finished(self, link: ReplicaLink, reply: GenerateReply) -> bool:
-        """True when the reply ended the request; False when it must go to another replica."""
-        if reply.status is ReplyStatus.OVERLOADED:
-            raise BackendError(
-                "Too many requests are waiting for this model; try again later.", 429, reply.retry_after_s
-            )
-        if reply.status is ReplyStatus.MOVED:
-            return False
+    def _take_reply(self, call: OpenCall) -> GenerateReply | None:
+        """The reply, its ends noted; None when the replica is lost."""
+        try:
+            reply = call.reply()
+        except (ray.exceptions.RayError, RayServeException) as error:
+            logger.warning("replica %s is lost: %s", call.link.replica_id, type(error).__name__)
+            return None
         for end in reply.sequences:
             if end.error is not None:
                 raise BackendError(end.error, end.status)
+            if end.finish_reason == "abort" and not self._closed and not self._states[end.index].stopped:
+                return GenerateReply(ReplyStatus.MOVED)  # it missed our heartbeats; the client is still there
             self._states[end.index].end = end
-        if not self._closed and any(end.finish_reason == "abort" for end in reply.sequences):
-            self._forget_ends()  # the replica missed our heartbeats and gave the request up; the client did not
-            return False
-        return await self._receive_rest(link)
+            self._settle(end.index)
+        return reply
 
-    async def _receive_rest(self, link: ReplicaLink) -> bool:
-        """Wait for tokens that the reply overtook; False when the link is lost before they come."""
-        for index, state in enumerate(self._states):
-            while not state.complete and not self._closed:
-                self._wake.clear()
-                try:
-                    await asyncio.wait_for(self._wake.wait(), RESEND_EVERY_S)
-                except asyncio.TimeoutError:
-                    if link.closed:
-                        self._forget_ends()
-                        return False
-                    link.send(Resend(self._call_id, index, len(state.token_ids)))
-        for index, state in enumerate(self._states):
-            end = state.end
-            assert end is not None
-            reason = end.finish_reason
-            self._events.append(TokenEvent(index, [], None, end.num_cached_tokens, reason, end.stop_token_id))
-        self._wake.set()
-        return True
+    async def _wait(self, timeout_s: float | None) -> None:
+        """Until something changes; after ``timeout_s`` ask again for what is missing."""
+        try:
+            await asyncio.wait_for(self._changed.wait(), timeout_s)
+        except asyncio.TimeoutError:
+            for index, state in enumerate(self._states):
+                if not state.complete:
+                    self._ask_again(index)
 
-    def _forget_ends(self) -> None:
+    # -- sequences --------------------------------------------------------------------------------------------------
+
+    @property
+    def _complete(self) -> bool:
+        return all(state.complete for state in self._states)
+
+    @property
+    def _resumed(self) -> bool:
+        return any(state.token_ids for state in self._states)
+
+    def _ask_again(self, index: int) -> None:
+        state, now = self._states[index], self._event_loop.time()
+        if self._call is not None and now - state.resend_asked_at >= RESEND_EVERY_S:
+            state.resend_asked_at = now
+            self._call.link.send(Resend(self._call.call_id, index, len(state.token_ids)))
+
+    def _settle(self, index: int) -> None:
+        """Tell the reader that a sequence is complete, once."""
+        state = self._states[index]
+        if state.end is not None and state.end.finish_reason != "abort" and state.complete and not state.told:
+            self._tell_end(index, state.end.finish_reason, state.end)
+            self._changed.set()
+
+    def _tell_end(self, index: int, reason: str, end: SequenceEnd | None) -> None:
+        self._states[index].told = True
+        cached, token = (end.num_cached_tokens, end.stop_token_id) if end is not None else (0, None)
+        self._tell(TokenEvent(index, [], None, cached, reason, token))
+
+    def _tell(self, event: TokenEvent) -> None:
+        self._events.append(event)
+        self._has_events.set()
+
+    def _forget_incomplete_ends(self) -> None:
+        """Another replica will produce the tokens that are missing, and its own end."""
         for state in self._states:
-            if not state.complete or (state.end is not None and state.end.finish_reason == "abort"):
+            if not state.told:
                 state.end = None
-
-    def _on_chunk(self, chunk: TokenChunk) -> None:
-        state = self._states[chunk.index]
-        have = len(state.token_ids)
-        if chunk.offset > have:
-            if state.resend_asked_at != have and self._link is not None:
-                state.resend_asked_at = have
-                self._link.send(Resend(self._call_id, chunk.index, have))
-            return
-        new = chunk.token_ids[have - chunk.offset :]
-        if not new:
-            return
-        logprobs: list[TokenLogprobs] | None = None
-        if chunk.logprobs is not None:
-            logprobs = chunk.logprobs[have - chunk.offset :]
-        state.token_ids += new
-        state.resend_asked_at = None
-        self._events.append(TokenEvent(chunk.index, new, logprobs, chunk.num_cached_tokens))
-        self._wake.set()
-
-    def _driver_ended(self, driver: asyncio.Task[None]) -> None:
-        if not driver.cancelled() and (error := driver.exception()) is not None:
-            if isinstance(error, BackendError):
-                self._error = error
-            else:
-                logger.error("request %s failed", self._request_id, exc_info=error)
-                self._error = BackendError("The request failed inside the service.", 500)
-        self._wake.set()
+            state.resend_asked_at = 0.0

@@ -17,6 +17,7 @@ from ridgewalk.engine.executor import ExecutorError
 from ridgewalk.engine.step import RankTimings, StepInput, StepOutput
 from ridgewalk.placement.memory import MemoryPlan
 from ridgewalk.placement.model_spec import ModelSpec
+from ridgewalk.replica.channel_server import decode_stranger
 from ridgewalk.replica.engine_config import EngineConfig
 from ridgewalk.replica.rank_protocol import (
     Begin,
@@ -47,7 +48,7 @@ class RankLauncher(Protocol):
         ...
 
     def ended(self) -> tuple[int, str] | None:
-        """A rank that has ended and why, or None while all run. Cheap: called every 100 ms."""
+        """A rank that has ended and why, or None while all run. Cheap: called whenever nothing has arrived."""
         ...
 
     def stop(self) -> None:
@@ -85,6 +86,7 @@ class ZmqExecutor:
         self._context = zmq.Context()
         self.socket = self._context.socket(zmq.ROUTER)
         self.socket.setsockopt(zmq.LINGER, 0)
+        self.socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
         self.socket.setsockopt(zmq.SNDHWM, 0)
         self.socket.setsockopt(zmq.RCVHWM, 0)
         self._encoder = msgspec.msgpack.Encoder()
@@ -137,7 +139,7 @@ class ZmqExecutor:
         if self._closed:
             return
         self._closed = True
-        with contextlib.suppress(zmq.ZMQError):  # a rank that cannot hear it is ended by the launcher
+        with contextlib.suppress(ExecutorError):  # a rank that cannot hear it is ended by the launcher
             self._send_all(Stop())
         self._launcher.stop()
         self.socket.close()
@@ -197,8 +199,11 @@ class ZmqExecutor:
 
     def _send_all(self, message: Begin | Run | Stop) -> None:
         payload = self._encoder.encode(message)
-        for identity in self._identities:
-            self.socket.send_multipart([identity, payload])
+        for rank, identity in enumerate(self._identities):
+            try:
+                self.socket.send_multipart([identity, payload])
+            except zmq.ZMQError as error:  # a step that one rank misses would leave the others waiting for it
+                raise ExecutorError(f"rank {rank} of {self.config.model_name} is not connected: {error}") from None
 
     def _receive(self, timeout_s: float) -> FromRank | None:
         """The next message of a rank, or None.
@@ -207,10 +212,10 @@ class ZmqExecutor:
             ExecutorError: it was the rank's last word.
         """
         while self.socket.poll(int(timeout_s * 1000)):
-            identity, payload = self.socket.recv_multipart()
-            if identity not in self._identities:
+            frames = self.socket.recv_multipart()
+            message = decode_stranger(self._decoder, frames) if frames[0] in self._identities else None
+            if message is None:
                 continue
-            message: FromRank = self._decoder.decode(payload)
             if isinstance(message, Failed):
                 if message.traceback:
                     logger.error("rank %d failed\n%s", message.rank, message.traceback)

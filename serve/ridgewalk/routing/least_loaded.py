@@ -1,4 +1,4 @@
-"""The default policy: the replica with the least work per seat, among those with room in their KV cache."""
+"""The default policy: the replica with the fewest sequences per seat."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ class ReplicaLoad:
     replica_id: str
     num_running: int
     num_waiting: int
-    num_sent: int  # sequences sent since the replica's last report: it does not count them yet
+    num_own: int  # sequences that this ingress has open there: some of them may not be reported yet
+    num_seats: int  # sequences that may run at once
     available_blocks: int  # free and evictable, over all attention groups
     total_blocks: int
 
@@ -38,8 +39,8 @@ class RoutingDecision:
 def choose_replica(loads: Iterable[ReplicaLoad]) -> RoutingDecision | None:
     """The replica for a new request; None when there is none.
 
-    A replica with waiting sequences is chosen only when all have some; ties go to the most available KV, so that
-    replicas of unequal size fill evenly.
+    A replica with waiting sequences is chosen only when all have some. Otherwise sequences per seat decide, so that
+    replicas of unequal size fill evenly; ties go to the largest share of available KV.
     """
     candidates = list(loads)
     if not candidates:
@@ -51,7 +52,7 @@ def choose_replica(loads: Iterable[ReplicaLoad]) -> RoutingDecision | None:
     return RoutingDecision(best.replica_id, RoutingReason.ALL_FULL if full else RoutingReason.LEAST_LOADED)
 
 
-def _key(load: ReplicaLoad) -> tuple[int, int, float]:
-    queue = load.num_waiting + load.num_sent if load.num_waiting else 0
-    busy = load.num_running + load.num_sent
-    return queue, busy, -load.available_blocks / max(load.total_blocks, 1)
+def _key(load: ReplicaLoad) -> tuple[bool, float, float]:
+    # A report is at most 100 ms old; what this ingress sent since is in `num_own` and not in the report.
+    sequences = max(load.num_running + load.num_waiting, load.num_own)
+    return load.num_waiting > 0, sequences / max(load.num_seats, 1), -load.available_blocks / max(load.total_blocks, 1)
