@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
-import os
-import queue
-import select
 import threading
 import time
-from collections import defaultdict, deque
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
@@ -25,6 +21,7 @@ from ridgewalk.engine.stats import EngineStats
 from ridgewalk.engine.step import RankTimings
 from ridgewalk.replica.call_ledger import CallLedger, CallRecord
 from ridgewalk.replica.channel_server import ChannelServer
+from ridgewalk.replica.command_queue import CommandQueue
 from ridgewalk.replica.protocol import (
     Finish,
     GenerateCall,
@@ -37,6 +34,7 @@ from ridgewalk.replica.protocol import (
     SequenceSpec,
     TokenChunk,
 )
+from ridgewalk.replica.waiting_limit import WaitingLimit
 
 logger = logging.getLogger(__name__)
 
@@ -45,12 +43,6 @@ REPORT_EVERY_S = 0.1
 
 STUCK_AFTER_S = 60.0
 """With work to do and no step finished for so long, the ranks are stuck."""
-
-UNKNOWN_RETRY_AFTER_S = 5.0
-"""What a refused client is told while too few sequences end to know better."""
-
-RATE_WINDOW_S = 60.0
-"""Sequences that ended longer ago say nothing of how soon a seat will be free."""
 
 
 class StepRecorder(Protocol):
@@ -98,24 +90,21 @@ class EngineLoop:
     ) -> None:
         self._core = EngineCore(scheduler_config, executor, time.monotonic)
         self._recorder = recorder
-        self._max_waiting = max_waiting
+        self._limit = WaitingLimit(max_waiting, scheduler_config.max_num_seqs * scheduler_config.num_groups)
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._channel = ChannelServer(self._context, address)
         self._ledger = CallLedger()
         self._replies: dict[str, Callable[[GenerateReply], None]] = {}
         self._owners: dict[int, CallRecord] = {}  # by seq_id
         self._awaiting_admission: list[Request] = []
-        self._commands: queue.SimpleQueue[_Submit | _Cancel | Introduction] = queue.SimpleQueue()
-        self._wake_read, self._wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        self._commands: CommandQueue[_Submit | _Cancel | Introduction] = CommandQueue()
         self._poller = zmq.Poller()
-        for source in (self._wake_read, self._channel.socket, executor_socket):
+        for source in (self._commands.read_fd, self._channel.socket, executor_socket):
             if source is not None:
                 self._poller.register(source, zmq.POLLIN)
         self._executor_is_polled = executor_socket is not None
-        self._num_seats = scheduler_config.max_num_seqs * scheduler_config.num_groups
-        self._end_times: deque[float] = deque(maxlen=1024)  # of sequences that were not aborted
         self._last_report = 0.0
-        self._stopping = self._stopped = False
+        self._stopping = False
         self.failure: str | None = None
         self.endpoint, self.epoch = self._channel.endpoint, self._channel.epoch
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -128,15 +117,15 @@ class EngineLoop:
 
     def submit(self, call: GenerateCall, reply: Callable[[GenerateReply], None]) -> None:
         """Queue a call. ``reply`` is called once, on the engine's thread."""
-        self._command(_Submit(call, reply))
+        self._commands.put(_Submit(call, reply))
 
     def cancel(self, request_id: str) -> None:
         """Abort what is left of a call; nobody waits for its reply."""
-        self._command(_Cancel(request_id))
+        self._commands.put(_Cancel(request_id))
 
     def introduce(self, introduction: Introduction) -> None:
         """Let an ingress attach to the channel."""
-        self._command(introduction)
+        self._commands.put(introduction)
 
     def ingresses(self) -> list[Introduction]:
         """Ingresses attached now."""
@@ -153,22 +142,10 @@ class EngineLoop:
     def stop(self) -> None:
         """End the thread and the ranks. Idempotent."""
         self._stopping = True
-        self._wake()
+        self._commands.wake()
         if self._thread.is_alive():
             self._thread.join(timeout=10)
-        if not self._stopped:
-            self._stopped = True
-            os.close(self._wake_read)
-            os.close(self._wake_write)
-
-    def _command(self, command: _Submit | _Cancel | Introduction) -> None:
-        self._commands.put(command)
-        self._wake()
-
-    def _wake(self) -> None:
-        if not self._stopped:
-            with contextlib.suppress(BlockingIOError):  # the pipe is full: the thread has a reason to wake already
-                os.write(self._wake_write, b"x")
+        self._commands.close()
 
     # -- the thread -------------------------------------------------------------------------------------------------
 
@@ -183,7 +160,7 @@ class EngineLoop:
             self._channel.close()
             self._context.term()
         while not self._stopping:  # refuse what still comes until Serve replaces the replica
-            select.select([self._wake_read], [], [], 1.0)
+            self._commands.wait(1.0)
             self._refuse_commands()
 
     def _turn(self) -> None:
@@ -202,7 +179,7 @@ class EngineLoop:
         self._poller.poll(REPORT_EVERY_S * 1000 if may_wait else 0)
 
     def _take_commands(self, now: float) -> None:
-        for command in self._drain_commands():
+        for command in self._commands.drain():
             if isinstance(command, _Submit):
                 self._start_call(command, now)
             elif isinstance(command, _Cancel):
@@ -212,20 +189,8 @@ class EngineLoop:
             else:
                 self._channel.introduce(command, now)
 
-    def _drain_commands(self) -> list[_Submit | _Cancel | Introduction]:
-        try:
-            os.read(self._wake_read, 65536)
-        except BlockingIOError:
-            return []
-        commands = []
-        while True:
-            try:
-                commands.append(self._commands.get_nowait())
-            except queue.Empty:
-                return commands
-
     def _refuse_commands(self) -> None:
-        for command in self._drain_commands():
+        for command in self._commands.drain():
             if isinstance(command, _Submit):
                 command.reply(GenerateReply(ReplyStatus.LOST))
 
@@ -238,34 +203,15 @@ class EngineLoop:
         if not self._channel.is_attached(call.ingress_id) or self._ledger.is_open(call.request_id):
             command.reply(GenerateReply(ReplyStatus.MOVED))  # nobody would hear its tokens
             return
-        if not call.resumed and self._is_full(len(call.sequences)):
-            retry_after_s = self._retry_after(len(call.sequences), now)
+        load = len(call.sequences), self._core.scheduler.num_waiting, self._core.scheduler.num_running
+        if not call.resumed and self._limit.refuses(*load):
+            retry_after_s = self._limit.retry_after(*load, now)
             command.reply(GenerateReply(ReplyStatus.OVERLOADED, retry_after_s=retry_after_s))
             return
         record = self._ledger.open(call)
         self._replies[call.request_id] = command.reply
         for spec in call.sequences:
             self._start_sequence(record, spec, now)
-
-    def _is_full(self, num_new: int) -> bool:
-        """True when the new sequences would wait behind too many; a queue that is empty takes any request."""
-        return self._core.scheduler.num_waiting > 0 and self._excess(num_new) > 0
-
-    def _excess(self, num_new: int) -> int:
-        scheduler = self._core.scheduler
-        return scheduler.num_waiting + num_new - self._free_seats() - self._max_waiting
-
-    def _free_seats(self) -> int:
-        return max(0, self._num_seats - self._core.scheduler.num_running)
-
-    def _retry_after(self, num_new: int, now: float) -> float:
-        """Seconds until the queue has room, at the rate at which sequences have ended in the last minute."""
-        while self._end_times and now - self._end_times[0] > RATE_WINDOW_S:
-            self._end_times.popleft()
-        if len(self._end_times) < 2:
-            return UNKNOWN_RETRY_AFTER_S
-        rate = len(self._end_times) / max(now - self._end_times[0], 1e-3)
-        return max(1.0, self._excess(num_new) / rate)
 
     def _start_sequence(self, record: CallRecord, spec: SequenceSpec, now: float) -> None:
         try:
@@ -352,7 +298,7 @@ class EngineLoop:
         self._recorder.on_ended(request)
         assert request.finish_reason is not None
         if request.finish_reason is not FinishReason.ABORT:
-            self._end_times.append(now)
+            self._limit.note_end(now)
         end = SequenceEnd(
             request.index,
             request.finish_reason.value,
@@ -393,7 +339,7 @@ class EngineLoop:
             for group in scheduler.groups
             for pool in (group.kv.pool,)
         ]
-        return LoadReport(groups, scheduler.num_running, scheduler.num_waiting, self._num_seats)
+        return LoadReport(groups, scheduler.num_running, scheduler.num_waiting, self._limit.num_seats)
 
     def _fail(self, error: Exception) -> None:
         """The ranks are gone: every open call moves to another replica, with the tokens its ingress has."""
