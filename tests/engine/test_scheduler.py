@@ -193,3 +193,23 @@ def test_limits_that_cannot_work_name_the_remedy() -> None:
         SchedulerConfig(num_blocks=8)
     with pytest.raises(ValueError, match="max_num_seqs must be at least 1"):
         SchedulerConfig(num_blocks=800, max_num_seqs=0)
+
+
+def test_generated_blocks_can_be_found_also_when_steps_are_scheduled_ahead() -> None:
+    core = make_core(num_blocks=16, max_steps_in_flight=2, schedule_ahead=True)
+    first = add(core, [1, 2, 3], 12)
+    run(core)
+    second = add(core, first.token_ids[:-1] + [7], 1)  # the last token's KV was never computed
+    run(core)
+    assert second.num_cached_tokens == 12
+
+
+def test_a_request_whose_junior_is_in_flight_waits_instead_of_being_preempted() -> None:
+    """Two groups of tokens alternate, as micro-batches do: blocks of a request in flight are not free at once."""
+    core = make_core(num_blocks=4, max_model_len=16, max_steps_in_flight=2, enable_prefix_caching=False)
+    first, second = add(core, [1] * 7, 9), add(core, [2] * 7, 9)
+    run(core)
+    assert first.num_preemptions == 0
+    assert second.num_preemptions >= 1
+    assert core.throttled_seconds == 0  # the clock stands still; nothing was lost but steps
+    assert (first.num_output_tokens, second.num_output_tokens) == (9, 9)
