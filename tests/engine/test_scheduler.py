@@ -199,7 +199,7 @@ def test_generated_blocks_can_be_found_also_when_steps_are_scheduled_ahead() -> 
     core = make_core(num_blocks=16, max_steps_in_flight=2, schedule_ahead=True)
     first = add(core, [1, 2, 3], 12)
     run(core)
-    second = add(core, first.token_ids[:-1] + [7], 1)  # the last token's KV was never computed
+    second = add(core, [*first.token_ids[:-1], 7], 1)  # the last token's KV was never computed
     run(core)
     assert second.num_cached_tokens == 12
 
