@@ -20,7 +20,8 @@ from ridgewalk.replica.service_backend import ServiceBackend
 logger = logging.getLogger(__name__)
 
 INGRESS_NAME = "Ingress"
-READY_TIMEOUT_S = 600.0
+READY_TIMEOUT_S = 3600.0
+"""The largest models load for long; Serve itself gives up on a replica that fails."""
 
 
 class IngressModel(msgspec.Struct, frozen=True):
@@ -61,6 +62,10 @@ class Ingress:
             version=__version__,
             observer=self._metrics,
         )
+
+    def __del__(self) -> None:
+        if hasattr(self, "_backend"):
+            self._backend.close()
 
     async def _wait_ready(self) -> None:
         """Until then the port refuses, rather than answer every early request with an error."""

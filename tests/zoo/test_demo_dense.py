@@ -1,0 +1,69 @@
+"""The shipped demo model really reasons: it answers fresh problems, with outputs as long and as uneven as promised."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from safetensors import safe_open
+from tokenizers import Tokenizer
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from ridgewalk.zoo import zoo_path
+from ridgewalk.zoo.evaluate import judge, length_statistics
+from ridgewalk.zoo.problems import easy_problems, sample_problems
+
+DEMO = zoo_path("demo-dense")
+
+
+@pytest.fixture(scope="module")
+def model() -> PreTrainedModel:
+    return AutoModelForCausalLM.from_pretrained(DEMO, dtype=torch.bfloat16).eval()
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return Tokenizer.from_file(str(DEMO / "tokenizer.json"))
+
+
+def _accuracy(model: PreTrainedModel, tokenizer: Tokenizer, n: int, seed: int) -> float:
+    judged = judge(model, tokenizer, sample_problems(n, seed), max_new_tokens=1280)
+    assert all(j.text.startswith("<think>\n") for j in judged)
+    return sum(j.right for j in judged) / n
+
+
+def test_it_answers_fresh_problems(model: PreTrainedModel, tokenizer: Tokenizer) -> None:
+    assert _accuracy(model, tokenizer, 60, seed=11) >= 0.95
+
+
+@pytest.mark.slow
+def test_it_answers_many_fresh_problems(model: PreTrainedModel, tokenizer: Tokenizer) -> None:
+    judged = judge(model, tokenizer, sample_problems(300, seed=12))
+    assert sum(j.right for j in judged) / 300 >= 0.95
+    lengths = length_statistics(judged)
+    assert lengths["mean"] >= 100
+    assert lengths["p99"] >= 3 * lengths["median"]
+
+
+def test_it_answers_easy_ones_without_thinking(model: PreTrainedModel, tokenizer: Tokenizer) -> None:
+    judged = judge(model, tokenizer, easy_problems(40, seed=11), max_new_tokens=16, thinking=False)
+    assert sum(j.right for j in judged) / 40 >= 0.9
+
+
+def test_the_report_that_ships_keeps_the_promises() -> None:
+    report = json.loads((DEMO / "EVAL.json").read_text())
+    assert report["accuracy"] >= 0.95
+    assert report["output_tokens"]["mean"] >= 100
+    assert report["output_tokens"]["p99"] >= 3 * report["output_tokens"]["median"]
+    assert report["training_seconds"] < 3600
+
+
+def test_the_weights_are_bf16_qwen3_and_divide_by_four() -> None:
+    config = json.loads((DEMO / "config.json").read_text())
+    assert config["architectures"] == ["Qwen3ForCausalLM"]
+    assert config["num_attention_heads"] % 4 == config["num_key_value_heads"] % 4 == 0
+    with safe_open(DEMO / "model.safetensors", "pt") as weights:
+        tensors = [weights.get_tensor(name) for name in weights.keys()]  # noqa: SIM118 - not a dict
+    assert {t.dtype for t in tensors} == {torch.bfloat16}
+    assert 2e6 <= sum(t.numel() for t in tensors) <= 5e6
