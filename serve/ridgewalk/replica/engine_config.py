@@ -29,8 +29,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     cpus_per_rank: float = 1.0
     gpus_per_rank: float = 0.0
     threads_per_rank: int | None = None
-    max_steps_in_flight: int = 1
-    schedule_ahead: bool = False  # steps in flight may hold the same sequence (placeholders)
+    max_steps_in_flight: int = 2
+    schedule_ahead: bool = True  # steps in flight may hold the same sequence (placeholders)
     ranks_per_host: int = 1  # of the whole service: its default share of memory and cores follows
 
     @property

@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
-from types import MappingProxyType
 
 from tokenizers import Tokenizer
 
-from ridgewalk.zoo.problems import KINDS, easy_problem, generate
+from ridgewalk.zoo.problems import easy_problem, generate
 from ridgewalk.zoo.stories import NAMES, THINGS
 from ridgewalk.zoo.tokenizer import THINK_END, THINK_START, TURN_END, TURN_START
 
@@ -70,11 +69,8 @@ def _word(rng: random.Random) -> str:
     return str(rng.randrange(10 ** rng.randint(1, 5)))
 
 
-def make_example(rng: random.Random, mix: Mapping[str, float] = MappingProxyType(KINDS)) -> Example:
-    """One training conversation: mostly a single question, some with a system prompt, a history, or thinking off.
-
-    `mix` gives the shares of the kinds of problems.
-    """
+def make_example(rng: random.Random) -> Example:
+    """One training conversation: mostly a single question, some with a system prompt, a history, or thinking off."""
     before = ""
     if rng.random() < SYSTEM_SHARE:
         before += turn("system", rng.choice(SYSTEM_PROMPTS))
@@ -93,7 +89,7 @@ def make_example(rng: random.Random, mix: Mapping[str, float] = MappingProxyType
         problem = easy_problem(rng, "train")
         question, output = problem.question, EMPTY_THINK + problem.answer
     else:
-        problem = generate(rng, "train", mix=mix)
+        problem = generate(rng, "train")
         question, output = problem.question, problem.output
     prompt = prompt_of(question, before)
     if output.startswith(EMPTY_THINK):  # with thinking off, the template writes the empty thought into the prompt
@@ -126,13 +122,12 @@ def block_batches(
     batches: int,
     batch_tokens: int,
     pad_id: int,
-    mix: Mapping[str, float] = MappingProxyType(KINDS),
 ) -> list[Batch]:
     """The `block`-th run of exactly `batches` batches of at most `batch_tokens` padded tokens each."""
     rng = random.Random(f"batches-{seed}-{block}")
     result: list[Batch] = []
     while len(result) < batches:
-        examples = [make_example(rng, mix) for _ in range(1024)]
+        examples = [make_example(rng) for _ in range(1024)]
         result += _cut(tokenizer, rng, examples, batch_tokens, pad_id)
     return result[:batches]
 

@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import Literal
 
 from ridgewalk.zoo.stories import long_story, short_story
@@ -30,18 +29,6 @@ THINK_END = "</think>"
 # Shares of the kinds in the stream. The last two are long: they make the tail of the output length.
 KINDS: dict[str, float] = {"add": 0.24, "sub": 0.26, "mul": 0.18, "story": 0.27, "sum": 0.03, "long_story": 0.02}
 
-# A mix for the later part of training. It stresses what the stream shows too seldom to be learnt well: comparing numbers
-# of one length, and following a long plan (with small numbers, so that the working between the steps is short).
-DRILL: dict[str, float] = {
-    "add": 0.14,
-    "sub": 0.10,
-    "close_sub": 0.22,
-    "mul": 0.18,
-    "story": 0.18,
-    "sum": 0.03,
-    "small_sum": 0.11,
-    "long_story": 0.04,
-}
 TEST_SHARE = 8  # one in so many operand tuples is a test problem
 
 EXPRESSIONS = (
@@ -107,11 +94,9 @@ def is_right(problem: Problem, content: str) -> bool:
     return content.rpartition(THINK_END)[2].strip() == problem.answer
 
 
-def generate(
-    rng: random.Random, split: Split, kind: str | None = None, mix: Mapping[str, float] = MappingProxyType(KINDS)
-) -> Problem:
-    """One problem of `split`, of the given kind or of one drawn by the shares in `mix`."""
-    kind = kind or rng.choices(list(mix), list(mix.values()))[0]
+def generate(rng: random.Random, split: Split, kind: str | None = None) -> Problem:
+    """One problem of `split`, of the given kind or of one drawn by `KINDS`."""
+    kind = kind or rng.choices(list(KINDS), list(KINDS.values()))[0]
     while True:
         problem = _MAKERS[kind](rng)
         if split_of(problem.kind, problem.operands) == split:
@@ -198,17 +183,6 @@ def _subtract(rng: random.Random) -> Problem:
     return _difference(rng, a, b)
 
 
-def _close_subtract(rng: random.Random) -> Problem:
-    """Two numbers of one length, some with digits in common."""
-    digits = rng.randint(1, 4)
-    low, high = 10 ** (digits - 1), 10**digits - 1
-    a, b = rng.randint(low, high), rng.randint(low, high)
-    if rng.random() < 0.5:
-        shared = rng.randint(1, digits)  # the first digits are the same
-        b = a - a % 10 ** (digits - shared) + b % 10 ** (digits - shared)
-    return _difference(rng, a, b)
-
-
 def _difference(rng: random.Random, a: int, b: int) -> Problem:
     return Problem("sub", _ask_subtract(rng, a, b), "\n".join(subtract_lines(a, b)), str(a - b), (a, b))
 
@@ -223,14 +197,9 @@ def _sum(rng: random.Random) -> Problem:
     return _total(rng, [rng.randrange(1, 10 ** rng.randint(1, 3)) for _ in range(count)])
 
 
-def _small_sum(rng: random.Random) -> Problem:
-    numbers = [rng.randrange(1, 10 ** rng.choice((1, 1, 2))) for _ in range(rng.randint(3, 8))]
-    return _total(rng, numbers, ("list", "mixed", "mixed"))
-
-
-def _total(rng: random.Random, numbers: list[int], forms: tuple[str, ...] = ("list", "plus", "mixed")) -> Problem:
+def _total(rng: random.Random, numbers: list[int]) -> Problem:
     """The numbers, added one after the other; some forms take numbers away too."""
-    form = rng.choice(forms)
+    form = rng.choice(("list", "plus", "mixed"))
     total, signed = numbers[0], [numbers[0]]
     events: list[str] = []
     work: list[list[str]] = []
@@ -265,10 +234,8 @@ def _long_story(rng: random.Random) -> Problem:
 _MAKERS = {
     "add": _add,
     "sub": _subtract,
-    "close_sub": _close_subtract,
     "mul": _multiply,
     "sum": _sum,
-    "small_sum": _small_sum,
     "story": _story,
     "long_story": _long_story,
 }

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from ridgewalk.zoo.data import Batch, block_batches, corpus
 from ridgewalk.zoo.evaluate import accuracy_by_kind, evaluate, judge
-from ridgewalk.zoo.problems import DRILL, KINDS, sample_problems
+from ridgewalk.zoo.problems import sample_problems
 from ridgewalk.zoo.tokenizer import END_OF_TEXT, TURN_END, save_tokenizer, train_tokenizer
 
 if TYPE_CHECKING:
@@ -42,9 +42,7 @@ class Recipe:
     model_type: str  # a transformers model type
     config: dict[str, Any]  # arguments of that type's config
     vocab_size: int = 640
-    steps: int = 5120
-    cosine_steps: int = 4500
-    drill_from: int = 2304  # the step from which the batches are drawn with the mix `DRILL`; a multiple of `BLOCK`
+    steps: int = 4500
     batch_tokens: int = 1024  # of each worker's batch
     learning_rate: float = 5e-3
     warmup: int = 150
@@ -89,14 +87,11 @@ def build_model(recipe: Recipe, tokenizer: Tokenizer) -> PreTrainedModel:
 
 
 def learning_rate_at(recipe: Recipe, step: int) -> float:
-    """Linear warmup, then a cosine over `cosine_steps`, left at `drill_from` for a straight line to a hundredth."""
+    """Linear warmup, then a cosine to a hundredth of the peak."""
     if step < recipe.warmup:
         return recipe.learning_rate * (step + 1) / recipe.warmup
-    if step < recipe.drill_from:
-        progress = (step - recipe.warmup) / (recipe.cosine_steps - recipe.warmup)
-        return recipe.learning_rate * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * progress)))
-    progress = (step - recipe.drill_from) / max(1, recipe.steps - recipe.drill_from)
-    return recipe.learning_rate * (0.5 * (1 - progress) + 0.01)
+    progress = (step - recipe.warmup) / max(1, recipe.steps - recipe.warmup)
+    return recipe.learning_rate * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
 def batch_loss(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
@@ -179,8 +174,7 @@ class Trainer:
         if index == 0 or not self._block:
             pad = self.tokenizer.token_to_id(END_OF_TEXT)
             count, size = BLOCK * WORKERS, self.recipe.batch_tokens
-            mix = DRILL if self.step >= self.recipe.drill_from else KINDS
-            self._block = block_batches(self.tokenizer, self.recipe.seed, block, count, size, pad, mix)
+            self._block = block_batches(self.tokenizer, self.recipe.seed, block, count, size, pad)
         return self._block[index * WORKERS : (index + 1) * WORKERS]
 
     def train_step(self) -> tuple[float, int]:
