@@ -8,12 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import ray
 from ray import serve
 from ray.serve import Application
 from ray.serve.config import RequestRouterConfig
 from ray.serve.schema import LoggingConfig
 
 from ridgewalk.api.ingress import INGRESS_NAME, Ingress, IngressModel, IngressSettings
+from ridgewalk.api.served_model import ModelFolderError, load_served_model
 from ridgewalk.config import (
     LONGEST_STREAM_S,
     ConfigError,
@@ -58,14 +60,30 @@ class PlannedModel:
     placements: list[PlannedPlacement]
 
 
-def resolve(config: ServeConfig, num_hosts: int = 1) -> list[PlannedModel]:
-    """Find every model and check that it can run where it shall, before anything starts.
+@dataclass(frozen=True)
+class _Host:
+    """What is known of the poorest host."""
+
+    ranks: int  # of the whole service, on it
+    memory: int | None  # bytes
+
+
+def resolve(config: ServeConfig, cluster_hosts: int | None = None) -> list[PlannedModel]:
+    """Find every model, read its files and the keys, and check that it can run where it shall: before anything starts.
+
+    ``cluster_hosts``: how many hosts of a cluster share the ranks. Their memory is theirs to know, so only what the
+    configuration itself states is checked. None: everything runs on this machine, and must fit in its memory.
 
     Raises:
-        ConfigError: a model is missing, not supported, or does not fit; the message names the field and the remedy.
+        ConfigError: a model is missing, not supported, or does not fit, or a file cannot be read; the message names
+            the field and the remedy.
     """
-    ranks_per_host = math.ceil(config.num_ranks / num_hosts)
-    return [_resolve_model(model, ranks_per_host) for model in config.models]
+    read_api_keys(config)
+    host = _Host(
+        ranks=math.ceil(config.num_ranks / (cluster_hosts or 1)),
+        memory=memory_bytes() if cluster_hosts is None else None,
+    )
+    return [_resolve_model(model, host) for model in config.models]
 
 
 def build_application(config: ServeConfig, models: list[PlannedModel]) -> Application:
@@ -86,6 +104,7 @@ def build_application(config: ServeConfig, models: list[PlannedModel]) -> Applic
         ray_actor_options={"num_cpus": INGRESS_CPUS},
         graceful_shutdown_timeout_s=LONGEST_STREAM_S,
         logging_config=_QUIET,
+        max_constructor_retry_count=1,
     )(serve.ingress()(Ingress))
     return ingress.bind(settings, handles)
 
@@ -94,13 +113,24 @@ def build(args: dict[str, Any]) -> Application:
     """Builder for ``serve run`` and Serve config files.
 
     ``args`` is a `ServeConfig` as plain data, or ``{"config": FILE}``, or the short form ``{"model": NAME}`` with any
-    fields of a model and of a placement.
+    fields of a model and of a placement. Numbers and booleans may be strings, as a command line gives them.
 
     Raises:
         ConfigError: as `resolve`.
     """
-    config = load_config(Path(args["config"])) if "config" in args else parse_config(_expand(args), "args")
-    return build_application(config, resolve(config))
+    if "config" in args:
+        others = ", ".join(sorted(args.keys() - {"config"}))
+        if others:
+            raise ConfigError(f"{others} cannot be used together with config; write it into {args['config']}")
+        config = load_config(Path(args["config"]))
+    else:
+        config = parse_config(_expand(args), "args")
+    return build_application(config, resolve(config, num_cluster_hosts() if ray.is_initialized() else 1))
+
+
+def num_cluster_hosts() -> int:
+    """Hosts of the cluster that Ray is connected to, as far as they have CPUs to give. At least 1."""
+    return max(1, sum(1 for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU")))
 
 
 def read_api_keys(config: ServeConfig) -> list[str]:
@@ -115,6 +145,8 @@ def read_api_keys(config: ServeConfig) -> list[str]:
             lines = config.api_key_file.read_text().splitlines()
         except OSError as error:
             raise ConfigError(f"api_key_file: cannot read {config.api_key_file}: {error.strerror}") from None
+        except UnicodeDecodeError:
+            raise ConfigError(f"api_key_file: {config.api_key_file} is not text; write one key a line") from None
         found = [line.strip() for line in lines if line.strip()]
         if not found:
             raise ConfigError(f"api_key_file: {config.api_key_file} holds no key; write one a line")
@@ -153,7 +185,7 @@ def _expand(args: dict[str, Any]) -> dict[str, Any]:
     return {**rest, "models": [model]}
 
 
-def _resolve_model(model: ModelConfig, ranks_per_host: int) -> PlannedModel:
+def _resolve_model(model: ModelConfig, host: _Host) -> PlannedModel:
     path = find_model(model.model)
     name = model.served_name
     try:
@@ -166,10 +198,13 @@ def _resolve_model(model: ModelConfig, ranks_per_host: int) -> PlannedModel:
             )
         num_replicas = sum(placement.num_replicas for placement in model.placements)
         placements = [
-            _resolve_placement(model, name, path, spec, max_model_len, placement, num_replicas, ranks_per_host)
+            _resolve_placement(model, name, path, spec, max_model_len, placement, num_replicas, host)
             for placement in model.placements
         ]
-    except ValueError as error:
+        load_served_model(name, path, max_model_len=max_model_len)  # what the ingress will read
+    except ModelFolderError as error:
+        raise ConfigError(str(error)) from None
+    except (OSError, ValueError) as error:
         raise ConfigError(f"model {name}: {error}") from None
     return PlannedModel(name, path, max_model_len, placements)
 
@@ -182,7 +217,7 @@ def _resolve_placement(
     max_model_len: int,
     placement: PlacementConfig,
     num_replicas: int,
-    ranks_per_host: int,
+    host: _Host,
 ) -> PlannedPlacement:
     mesh = placement.mesh
     validate_mesh(spec, mesh)
@@ -206,11 +241,12 @@ def _resolve_placement(
         cpus_per_rank=placement.cpus_per_rank,
         gpus_per_rank=placement.gpus_per_rank,
         threads_per_rank=placement.threads_per_rank,
-        ranks_per_host=ranks_per_host,
+        ranks_per_host=host.ranks,
     )
     plan = None
-    if engine.device == "cpu" or engine.memory is not None or engine.num_blocks is not None:
-        plan = size_cache(engine, spec, memory_bytes())
+    available = host.memory if engine.device == "cpu" else None
+    if available is not None or engine.memory is not None or engine.num_blocks is not None:
+        plan = size_cache(engine, spec, available)
         engine.scheduler_config(plan.num_blocks)  # refuses limits that cannot work
     return PlannedPlacement(_deployment_name(name, placement.name), placement.num_replicas, engine, plan)
 
@@ -238,6 +274,6 @@ def _engine(placement: PlannedPlacement) -> Application:
         graceful_shutdown_timeout_s=LONGEST_STREAM_S,
         request_router_config=_ROUTER,
         logging_config=_QUIET,
-        max_constructor_retry_count=2,
+        max_constructor_retry_count=1,  # what fails at first (a checkpoint, too little memory) fails again
     )(EngineReplica)
     return deployment.bind(engine)

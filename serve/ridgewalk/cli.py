@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import Annotated, Any, NoReturn, Optional
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 from ridgewalk import __version__
 from ridgewalk.config import ConfigError, ModelConfig, PlacementConfig, ServeConfig, load_config, parse_config
@@ -20,8 +21,12 @@ def main() -> None:
     try:
         app()
     except ConfigError as error:
-        Console(stderr=True, soft_wrap=True).print(f"[red]error:[/] {error}", highlight=False)
-        raise SystemExit(2) from None
+        _fail(error, 2)
+
+
+def _fail(error: Exception, status: int) -> NoReturn:
+    Console(stderr=True, soft_wrap=True).print(f"[red]error:[/] {escape(str(error))}", highlight=False)
+    raise SystemExit(status) from None
 
 
 @app.callback(invoke_without_command=True)
@@ -34,9 +39,11 @@ def _root(version: Annotated[bool, typer.Option("--version", help="Print the ver
 
 @app.command()
 def serve(
+    context: typer.Context,
     model: Annotated[Optional[str], typer.Argument(help="A zoo name (demo-dense), a folder or a hub id.")] = None,  # noqa: UP045
     config: Annotated[
-        Path | None, typer.Option("-c", "--config", help="A YAML file instead of MODEL and its flags.")
+        Path | None,
+        typer.Option("-c", "--config", help="A YAML file instead of MODEL and its flags; those of Service go before."),
     ] = None,
     tensor_parallel_size: Annotated[
         int,
@@ -94,9 +101,9 @@ def serve(
         ),
     ] = True,
     max_waiting: Annotated[
-        int, typer.Option(rich_help_panel=SERVICE, help="Waiting sequences per model; beyond it clients get 429.")
+        int, typer.Option(rich_help_panel=ENGINE, help="Waiting sequences per model; beyond it clients get 429.")
     ] = 2048,
-    served_model_name: Annotated[str, typer.Option(rich_help_panel=SERVICE, help="What clients call the model.")] = "",
+    served_model_name: Annotated[str, typer.Option(rich_help_panel=ENGINE, help="What clients call the model.")] = "",
     host: Annotated[str, typer.Option(rich_help_panel=SERVICE)] = "0.0.0.0",
     port: Annotated[int, typer.Option(rich_help_panel=SERVICE)] = 8000,
     ingress_replicas: Annotated[int, typer.Option(rich_help_panel=SERVICE, help="Processes that speak HTTP.")] = 1,
@@ -107,18 +114,20 @@ def serve(
         ),
     ] = None,
     api_key_file: Annotated[Optional[Path], typer.Option(rich_help_panel=SERVICE, help="Keys, one a line.")] = None,  # noqa: UP045
+    app_name: Annotated[
+        str, typer.Option(rich_help_panel=SERVICE, help="Of the Serve application, on a cluster that has others.")
+    ] = "ridgewalk",
 ) -> None:
     """Serve MODEL (or a configuration file) with an OpenAI-compatible API until Ctrl-C."""
-    values = dict(locals())
-    service = _service_config(values)
-    from ridgewalk.launch.service import ServiceError, run_service
+    service = _service_config(context)
+    from ridgewalk.launch.deployment import ServiceError
+    from ridgewalk.launch.service import run_service
 
     console = Console(soft_wrap=True)
     try:
         run_service(service, console)
     except ServiceError as error:
-        Console(stderr=True, soft_wrap=True).print(f"[red]error:[/] {error}", highlight=False)
-        raise typer.Exit(1) from None
+        _fail(error, 1)
 
 
 @app.command("make-model")
@@ -137,19 +146,44 @@ def make_model(
     typer.echo(f"wrote {directory}; serve it with: ridgewalk serve {directory}")
 
 
-def _service_config(values: dict[str, Any]) -> ServeConfig:
-    """The configuration that the flags of ``serve`` describe."""
+def _service_config(context: typer.Context) -> ServeConfig:
+    """The configuration that the flags of ``serve`` describe, or its file with the service's own flags before it."""
+    values = dict(context.params)
     model, path = values.pop("model"), values.pop("config")
     if (model is None) == (path is None):
         raise ConfigError("name either a MODEL or a configuration file (-c FILE)")
+    values["api_keys"] = values.pop("api_key") or []
+    if not values["api_keys"] and _is_given(context, "api_key"):
+        raise ConfigError("RIDGEWALK_API_KEY is blank; write a key into it, or unset it for a service open to all")
     if path is not None:
-        return load_config(path)
-    api_keys = values.pop("api_key") or []
+        return load_config(path, _overrides(context, values, path))
     name = values.pop("served_model_name")
     placement = {key: values.pop(key) for key in list(values) if key in PlacementConfig.model_fields}
     engine = {key: values.pop(key) for key in list(values) if key in ModelConfig.model_fields}
     described = {"model": model, "name": name, **engine, "placements": [placement]}
-    return parse_config({"models": [described], "api_keys": api_keys, **values}, "the command line")
+    return parse_config({"models": [described], **values}, "the command line")
+
+
+def _overrides(context: typer.Context, values: dict[str, Any], path: Path) -> dict[str, Any]:
+    """Fields of the service that flags state beside the file.
+
+    Raises:
+        ConfigError: a flag that only a MODEL can have was given.
+    """
+    overrides = {}
+    for parameter in context.command.params:
+        field = "api_keys" if parameter.name == "api_key" else parameter.name
+        if parameter.name is None or parameter.name == "config" or not _is_given(context, parameter.name):
+            continue
+        if field not in ServeConfig.model_fields:
+            raise ConfigError(f"{parameter.opts[0]} belongs to a model, and -c names a file: write it into {path}")
+        overrides[field] = values[field]
+    return overrides
+
+
+def _is_given(context: typer.Context, name: str) -> bool:
+    source = context.get_parameter_source(name)  # of click's enum, or of the click within newer typers
+    return source is not None and source.name in ("COMMANDLINE", "ENVIRONMENT")
 
 
 @app.command()
@@ -162,14 +196,13 @@ def demo(
 ) -> None:
     """Serve the shipped model on two ranks, ask it, load it, and print what was measured."""
     from ridgewalk.launch.demo import run_demo
-    from ridgewalk.launch.service import ServiceError
+    from ridgewalk.launch.deployment import ServiceError
 
     console = Console(record=True, width=100) if svg is not None else Console(soft_wrap=True)
     try:
         succeeded = run_demo(questions, num_blocks, console)
     except ServiceError as error:
-        Console(stderr=True, soft_wrap=True).print(f"[red]error:[/] {error}", highlight=False)
-        raise typer.Exit(1) from None
+        _fail(error, 1)
     if svg is not None:
         console.save_svg(str(svg), title="make demo")
     raise typer.Exit(0 if succeeded else 1)

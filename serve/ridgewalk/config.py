@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from ridgewalk.placement.mesh import Mesh, placement_name
 
@@ -37,6 +39,15 @@ def parse_size(value: object) -> object:
 
 
 Size = Annotated[int, BeforeValidator(parse_size), Field(gt=0)]
+
+
+def _api_key(key: str) -> str:
+    if not key.strip():
+        raise ValueError("a key is blank; write one, or leave it out for a service that is open to all")
+    return key.strip()
+
+
+ApiKey = Annotated[str, AfterValidator(_api_key)]
 
 
 class _Strict(BaseModel):
@@ -100,7 +111,8 @@ class ModelConfig(_Strict):
     @property
     def served_name(self) -> str:
         """The id in /v1/models."""
-        return self.name or (Path(self.model).name if Path(self.model).is_dir() else self.model)
+        folder = Path(self.model).expanduser()
+        return self.name or (folder.resolve().name if folder.is_dir() else "") or self.model
 
 
 class ServeConfig(_Strict):
@@ -110,10 +122,10 @@ class ServeConfig(_Strict):
     host: str = "0.0.0.0"
     port: int = Field(8000, ge=1, le=65535)
     ingress_replicas: int = Field(1, ge=1)
-    api_keys: list[str] = []
+    api_keys: list[ApiKey] = []
     api_key_file: Path | None = None  # one key a line
     max_body_bytes: Size = 16 * 2**20
-    app_name: str = "ridgewalk"
+    app_name: str = Field("ridgewalk", min_length=1)  # of the Serve application
 
     @model_validator(mode="after")
     def _refuse_equal_names(self) -> ServeConfig:
@@ -148,8 +160,8 @@ def parse_config(data: Any, source: str = "the configuration") -> ServeConfig:
         raise ConfigError(f"{source} is wrong. " + "; ".join(problems)) from None
 
 
-def load_config(path: Path) -> ServeConfig:
-    """Read a YAML file.
+def load_config(path: Path, overrides: Mapping[str, Any] = MappingProxyType({})) -> ServeConfig:
+    """Read a YAML file. ``overrides``: fields of `ServeConfig` that go before the file's.
 
     Raises:
         ConfigError: the file cannot be read, is not YAML, or is wrong.
@@ -160,7 +172,9 @@ def load_config(path: Path) -> ServeConfig:
         raise ConfigError(f"cannot read {path}: {error.strerror}") from None
     except yaml.YAMLError as error:
         raise ConfigError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
-    return parse_config(data, str(path))
+    except UnicodeDecodeError:
+        raise ConfigError(f"{path} is not a text file") from None
+    return parse_config({**data, **overrides} if isinstance(data, dict) else data, str(path))
 
 
 def _path(location: tuple[int | str, ...]) -> str:

@@ -13,13 +13,15 @@ from typing import Any
 import pytest
 import yaml
 
+from ridgewalk.zoo import zoo_path
+
 ROOT = Path(__file__).parents[2]
 DEPLOY, K8S = ROOT / "deploy", ROOT / "k8s"
 CRDS = ROOT.parent / "shared" / "k8s"
 RAY_SERVICE_CRD = CRDS / "ray.io_rayservices.yaml"
-LAYERS = ["base", "overlays/demo", "overlays/gpu"]
+LAYERS = ["base", "overlays/cpu-demo", "overlays/gpu"]
 
-# The shape of the zoo's model. Building an application reads a model's config.json and nothing else.
+# The shape of the zoo's model. Building an application reads a model's config and tokenizer and nothing else.
 MODEL_CONFIG = {
     "architectures": ["Qwen3ForCausalLM"],
     "model_type": "qwen3",
@@ -79,6 +81,7 @@ def application_args(config: dict[str, Any]) -> dict[str, Any]:
 def buildable(args: dict[str, Any], folder: Path) -> dict[str, Any]:
     """The same arguments, with a model and keys that this machine has."""
     folder.joinpath("config.json").write_text(json.dumps(MODEL_CONFIG))
+    folder.joinpath("tokenizer.json").write_bytes((zoo_path("demo-dense") / "tokenizer.json").read_bytes())
     folder.joinpath("keys").write_text("secret\n")
     models = [model | {"model": str(folder), "name": model.get("name", "demo")} for model in args["models"]]
     keys = {"api_key_file": str(folder / "keys")} if "api_key_file" in args else {}
@@ -118,3 +121,9 @@ def dockerfile() -> Iterator[tuple[str, str]]:
         if line.strip():
             instruction, arguments = line.split(maxsplit=1)
             yield instruction, arguments
+
+
+def copied_sources() -> list[Path]:
+    """What the image takes from the repository."""
+    copies = [arguments.split() for instruction, arguments in dockerfile() if instruction == "COPY"]
+    return [ROOT / source for words in copies if not words[0].startswith("--from") for source in words[:-1]]

@@ -9,14 +9,9 @@ from pathlib import Path
 import pytest
 
 from ridgewalk.config import LONGEST_STREAM_S
-from tests.deploy.manifests import DEPLOY, K8S, ROOT, dockerfile, env_file, pod_templates, ray_service, read_yaml
+from tests.deploy.manifests import ROOT, copied_sources, dockerfile, env_file, pod_templates, ray_service
 
 NOT_SHIPPED = shutil.ignore_patterns("__pycache__", "*.egg-info", "*.so")
-
-
-def copied_sources() -> list[Path]:
-    copies = [arguments.split() for instruction, arguments in dockerfile() if instruction == "COPY"]
-    return [ROOT / source for words in copies if not words[0].startswith("--from") for source in words[:-1]]
 
 
 def test_what_the_image_copies_exists_and_reaches_the_builder():
@@ -83,30 +78,3 @@ def test_the_version_of_ray_is_the_one_that_is_installed(layer: str):
     import ray
 
     assert ray_service(layer)["spec"]["rayClusterConfig"]["rayVersion"] == ray.__version__
-
-
-def test_a_cluster_sends_its_nodes_what_they_install():
-    cluster = read_yaml(DEPLOY / "cluster.yaml")
-    sent = {ROOT / local for local in cluster["file_mounts"].values()}
-    assert [path for path in sent if not path.exists()] == []
-    assert sent >= set(copied_sources())
-
-
-def test_every_start_command_of_a_cluster_loads_the_environment_first():
-    cluster = read_yaml(DEPLOY / "cluster.yaml")
-    for commands in (cluster["head_start_ray_commands"], cluster["worker_start_ray_commands"]):
-        before, start, _ = commands[-1].partition("ray start")
-        assert start
-        assert "set -a; . ~/ridgewalk/deploy/serve.env; set +a;" in before
-
-
-def test_ray_up_accepts_the_cluster():
-    from ray.autoscaler._private.util import prepare_config, validate_config
-
-    cluster = prepare_config(read_yaml(DEPLOY / "cluster.yaml"))
-    validate_config(cluster)
-    assert cluster["max_workers"] == len(cluster["provider"]["worker_ips"])
-
-
-def test_no_manifest_names_a_namespace():
-    assert [path for path in K8S.rglob("*.yaml") if "namespace:" in path.read_text()] == []

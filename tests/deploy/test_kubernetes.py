@@ -48,7 +48,7 @@ def test_each_disruption_budget_guards_pods_that_exist():
 
 
 def test_the_demo_overlay_can_be_drained():
-    assert [document["kind"] for document in render("overlays/demo")] == ["RayService"]
+    assert [document["kind"] for document in render("overlays/cpu-demo")] == ["RayService"]
 
 
 @pytest.mark.parametrize("layer", LAYERS)
@@ -81,3 +81,7 @@ def test_pods_run_without_privileges(layer: str):
         assert template["spec"]["securityContext"]["runAsNonRoot"] is True
         for container in template["spec"]["containers"]:
             assert container["securityContext"]["allowPrivilegeEscalation"] is False
+
+
+def test_no_manifest_names_a_namespace():
+    assert [path for path in K8S.rglob("*.yaml") if "namespace:" in path.read_text()] == []

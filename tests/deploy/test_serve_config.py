@@ -46,7 +46,7 @@ def test_the_application_builds(place: str, tmp_path: Path):
 
 
 def test_the_demo_overlay_is_the_serve_config():
-    assert config_of("overlays/demo") == config_of("deploy")
+    assert config_of("overlays/cpu-demo") == config_of("deploy")
 
 
 @pytest.mark.parametrize("layer", LAYERS)

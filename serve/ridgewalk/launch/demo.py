@@ -13,7 +13,8 @@ from rich.progress import Progress
 from rich.table import Table
 
 from ridgewalk.config import ServeConfig
-from ridgewalk.launch.service import base_url, running_service
+from ridgewalk.launch.service import running_service
+from ridgewalk.launch.stopping import Stopped
 from ridgewalk.load.percentile import percentile
 from ridgewalk.load.scrape import Scrape
 from ridgewalk.load.streaming_client import Answer, RequestFailed, stream_completion
@@ -21,6 +22,7 @@ from ridgewalk.replica.host import free_port
 from ridgewalk.zoo.problems import Problem, is_right, sample_problems
 
 MODEL = "demo-dense"
+ALOUD = ("sub", "mul", "story")  # kinds of problems asked first, one by one
 SEED = 2026
 SCRAPE_EVERY_S = 0.5
 NEEDED_SHARE = 0.9
@@ -49,10 +51,10 @@ def run_demo(num_questions: int, num_blocks: int, console: Console) -> bool:
         }
     )
     result = LoadResult()
-    with running_service(config, console):
-        asyncio.run(_ask(base_url(config), num_questions, result, console))
-    total = len(result.answers) + len(result.failures)
-    if total < num_questions:
+    try:
+        with running_service(config, console) as url:
+            asyncio.run(_ask(url, num_questions, result, console))
+    except Stopped:
         console.print("the demo was interrupted")
         return False
     console.print(_table(result, num_questions))
@@ -62,18 +64,25 @@ def run_demo(num_questions: int, num_blocks: int, console: Console) -> bool:
 
 
 async def _ask(url: str, num_questions: int, result: LoadResult, console: Console) -> None:
-    problems = sample_problems(num_questions + 3, seed=SEED)
+    problems = sample_problems(num_questions, seed=SEED)
+    aloud = [next(problem for problem in problems if problem.kind == kind) for kind in ALOUD]
     timeout = aiohttp.ClientTimeout(total=300)
     async with aiohttp.ClientSession(timeout=timeout, connector=aiohttp.TCPConnector(limit=0)) as session:
-        for problem in sorted(problems[:3], key=lambda item: len(item.question)):
+        for problem in aloud:
             await _ask_aloud(session, url, problem, console)
-        await _load(session, url, problems[3:], result, console)
+        await _load(session, url, problems, result, console)
 
 
 async def _ask_aloud(session: aiohttp.ClientSession, url: str, problem: Problem, console: Console) -> None:
     console.print(f"\n[bold]{problem.question}[/]", highlight=False)
 
+    answering = False
+
     def show(text: str, is_reasoning: bool) -> None:
+        nonlocal answering
+        if not is_reasoning and not answering:
+            answering = True
+            console.print("\nanswer: ", end="", style="green")
         console.print(text, end="", style="dim" if is_reasoning else "green bold", highlight=False, markup=False)
 
     answer = await stream_completion(session, f"{url}/v1/chat/completions", _body(problem), show)

@@ -7,6 +7,7 @@ import os
 import random
 import secrets
 import socket
+import threading
 import time
 
 import psutil
@@ -25,7 +26,8 @@ DIRECT_PORTS = 64  # for ingress replicas behind HAProxy
 def prepare_environment() -> str:
     """Set what Ray and Serve read when they start. Returns the service's mark.
 
-    Serve's HAProxy has fixed default ports: with free ones two services live on one machine.
+    To be called before Ray is imported, for it reads some of them then. Serve's HAProxy has fixed default ports: with
+    free ones two services live on one machine.
     """
     mark = secrets.token_hex(8)
     first_direct = _free_range(DIRECT_PORTS)
@@ -43,6 +45,9 @@ def prepare_environment() -> str:
             "RAY_USAGE_STATS_ENABLED": "0",
             "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # the coming default; silences a warning of every actor
             "RAY_DEDUP_LOGS": "0",
+            # Despite its name, on every system: Ray then takes the loopback address for the node's, and every process,
+            # our own channels too, listens there only. (`_node_ip_address="127.0.0.1"` is replaced by a public one.)
+            "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
         }
     )
     return mark
@@ -62,8 +67,8 @@ def start_ray(cpus: float) -> None:
     )
 
 
-def stop_ray(mark: str) -> None:
-    """End Ray and everything that carries the mark, within `KILL_AFTER_S` and a little."""
+def stop_ray(mark: str, at_once: threading.Event) -> None:
+    """End Ray and all that carries the mark, within `KILL_AFTER_S` and a little; sooner if ``at_once`` is set."""
     import ray
 
     ray.shutdown()
@@ -71,7 +76,7 @@ def stop_ray(mark: str) -> None:
     remaining = marked_processes(mark)
     for process in remaining:
         _signal(process, "terminate")
-    while remaining and time.monotonic() < deadline:
+    while remaining and time.monotonic() < deadline and not at_once.is_set():
         _, remaining = psutil.wait_procs(remaining, timeout=0.2)
     for process in remaining:
         _signal(process, "kill")
@@ -101,7 +106,7 @@ def _free_range(count: int) -> int:
     """First of ``count`` ports that look free: below the kernel's ephemeral range, away from other services."""
     for _ in range(50):
         first = random.randrange(20000, 31000 - count, count)
-        if all(_is_free(port) for port in (first, first + 1, first + count - 1)):
+        if all(_is_free(port) for port in range(first, first + count)):
             return first
     raise OSError("no free range of ports found between 20000 and 31000")
 

@@ -2,68 +2,65 @@
 
 from __future__ import annotations
 
-import logging
 import os
-import signal
 import socket
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING
 
 import httpx
 from rich.console import Console
 
 from ridgewalk.config import ConfigError, ServeConfig
-from ridgewalk.launch import local_ray
+from ridgewalk.launch import joined_ray, local_ray
+from ridgewalk.launch.deployment import ServiceError, deploy, start_serve
+from ridgewalk.launch.stopping import Stopped, StopSignals, wait_for_stop
+from ridgewalk.load.scrape import Scrape
 
 if TYPE_CHECKING:
     from ridgewalk.app import PlannedModel
 
 READY_TIMEOUT_S = 1800.0
-STATUS_EVERY_S = 5.0
-
-
-class ServiceError(RuntimeError):
-    """The service did not come up; the message is what the user should read."""
-
-
-class Stopped(BaseException):
-    """A signal asked us to end. Not an Exception, so that no handler swallows it."""
+DRAIN_TIMEOUT_S = 3.0
+"""What running requests get to end in when a service on this machine is stopped."""
 
 
 def run_service(config: ServeConfig, console: Console) -> None:
     """Serve until SIGINT or SIGTERM, then leave no process behind.
 
     Raises:
-        ConfigError: before anything has started.
-        ServiceError: the replicas failed to start.
+        ConfigError: nothing of the service has started (though a Ray cluster may have been joined, and left again).
+        ServiceError: the cluster cannot be joined, or the replicas failed to start.
     """
-    with running_service(config, console):
-        _announce(config, console)
-        _wait_for_signal()
-    console.print("stopped")
-
-
-@contextmanager
-def running_service(config: ServeConfig, console: Console) -> Iterator[None]:
-    """The service, ready, for as long as the block runs."""
-    _install_signal_handlers()
-    joins = bool(os.environ.get("RAY_ADDRESS"))
     try:
-        if joins:
-            with _joined(config, console):
-                yield
-        else:
-            with _local(config, console):
-                yield
+        with running_service(config, console) as url:
+            _announce(url, config, console)
+            wait_for_stop()
     except Stopped:
-        return
+        console.print("stopped")
 
 
 @contextmanager
-def _local(config: ServeConfig, console: Console) -> Iterator[None]:
+def running_service(config: ServeConfig, console: Console) -> Iterator[str]:
+    """The service, ready, for as long as the block runs; gives its URL.
+
+    SIGINT or SIGTERM raises `Stopped` in the block, or here before it is entered: then the service ends as with any
+    other error, and a second signal makes that quick. To be used in the main thread.
+
+    Raises:
+        ConfigError, ServiceError: as `run_service`.
+        Stopped: by a signal.
+    """
+    with StopSignals() as signals:
+        joins = joined_ray.is_address_of_a_cluster(os.environ.get("RAY_ADDRESS"))
+        with (_joined if joins else _local)(config, console, signals) as url:
+            yield url
+
+
+@contextmanager
+def _local(config: ServeConfig, console: Console, signals: StopSignals) -> Iterator[str]:
     _check_port(config)
     started = time.monotonic()
     mark = local_ray.prepare_environment()
@@ -72,128 +69,103 @@ def _local(config: ServeConfig, console: Console) -> Iterator[None]:
     models = resolve(config)
     _print_plan(models, console)
     _check_gpus(config)
+    url = base_url(config)
+    ready = False
     try:
         console.print("starting Ray on this machine")
         local_ray.start_ray(needed_cpus(config))
-        _deploy(config, models, console)
+        signals.install()
+        start_serve(config)
+        deploy(config, models, console)
+        _wait_healthy(lambda: url)
         console.print(f"ready after {time.monotonic() - started:.1f} s")
-        yield
+        ready = True
+        yield url
     finally:
-        _ignore_signals()
+        signals.begin_stop()
         console.print("stopping ...")
-        local_ray.stop_ray(mark)
+        if ready:
+            drain(url, signals.again)
+        local_ray.stop_ray(mark, signals.again)
 
 
 @contextmanager
-def _joined(config: ServeConfig, console: Console) -> Iterator[None]:
-    import ray
-    from ray import serve
+def _joined(config: ServeConfig, console: Console, signals: StopSignals) -> Iterator[str]:
+    started = time.monotonic()
+    console.print(f"joining the Ray cluster at {os.environ['RAY_ADDRESS']}", highlight=False)
+    with joined_ray.connected():
+        import ray
 
-    from ridgewalk.app import resolve
+        from ridgewalk.app import needed_cpus, needed_gpus, num_cluster_hosts, resolve
 
-    console.print(f"joining the Ray cluster at {os.environ['RAY_ADDRESS']}")
-    ray.init(logging_level=logging.ERROR, log_to_driver=False)
-    alive = [node for node in ray.nodes() if node["Alive"]]
-    models = resolve(config, num_hosts=len(alive))
-    _print_plan(models, console)
-    _check_room(config)
-    if os.environ.get("RAY_SERVE_ENABLE_HA_PROXY") != "1":
-        console.print(
-            "[yellow]note:[/] this cluster may run Serve without HAProxy (it is slower); "
-            "start its nodes with RAY_SERVE_ENABLE_HA_PROXY=1 to have it"
-        )
-    try:
-        _deploy(config, models, console)
-        yield
-    finally:
-        _ignore_signals()
-        console.print("removing the application from the cluster ...")
-        serve.delete(config.app_name, _blocking=False)
-        ray.shutdown()
+        signals.install()
+        models = resolve(config, num_cluster_hosts())
+        _print_plan(models, console)
+        config = joined_ray.adopt(config, joined_ray.running_serve(), console)
+        joined_ray.check_room(needed_cpus(config), needed_gpus(config))
+        if os.environ.get("RAY_SERVE_ENABLE_HA_PROXY") != "1":
+            console.print(
+                "[yellow]note:[/] this cluster may run Serve without HAProxy (it is slower); "
+                "start its nodes with RAY_SERVE_ENABLE_HA_PROXY=1 to have it"
+            )
+        own_node = ray.get_runtime_context().get_node_id()
 
+        def url() -> str:
+            found = joined_ray.running_serve()
+            host = joined_ray.proxy_host(config.host, own_node, found.proxies if found else {})
+            return base_url(config.model_copy(update={"host": host}))
 
-def _deploy(config: ServeConfig, models: list[PlannedModel], console: Console) -> None:
-    from ray import serve
-    from ray.serve.config import HTTPOptions
-    from ray.serve.schema import LoggingConfig
-
-    from ridgewalk.app import build_application
-
-    logging.getLogger("ray.serve").setLevel(logging.ERROR)
-    serve.start(
-        http_options=HTTPOptions(host=config.host, port=config.port),
-        logging_config=LoggingConfig(log_level="ERROR", enable_access_log=False),
-    )
-    done = threading.Event()
-    watcher = threading.Thread(target=_show_progress, args=(config.app_name, done, console), daemon=True)
-    watcher.start()
-    try:
-        serve.run(build_application(config, models), name=config.app_name, route_prefix="/")
-    except RuntimeError as error:
-        raise ServiceError(_deployment_problem(config.app_name) or str(error)) from None
-    finally:
-        done.set()
-        watcher.join()
-    _wait_healthy(config)
-
-
-def _show_progress(app_name: str, done: threading.Event, console: Console) -> None:
-    """One line per change: which deployments still start."""
-    from ray import serve
-
-    shown = ""
-    while not done.wait(STATUS_EVERY_S if shown else 1.0):
+        start_serve(config)
+        deployed_at = None
         try:
-            app = serve.status().applications.get(app_name)
-        except Exception:  # the controller is starting or ending: nothing to show
-            continue
-        if app is None:
-            continue
-        line = "; ".join(f"{name}: {_counts(status.replica_states)}" for name, status in app.deployments.items())
-        if line != shown:
-            console.print(f"[dim]{line}[/]", highlight=False)
-            shown = line
+            deploy(config, models, console)
+            found = joined_ray.running_serve()
+            deployed_at = found.deployed_at.get(config.app_name) if found else None
+            address = _wait_healthy(url)
+            console.print(f"ready after {time.monotonic() - started:.1f} s")
+            yield address
+        finally:
+            signals.begin_stop()
+            joined_ray.delete_application(config.app_name, deployed_at, signals.again, console)
 
 
-def _counts(states: Mapping[Any, int]) -> str:
-    return ", ".join(f"{count} {state.lower()}" for state, count in states.items() if count) or "none yet"
-
-
-def _deployment_problem(app_name: str) -> str | None:
-    """The last sentence of the first deployment that failed: the constructor's own error."""
-    from ray import serve
-
-    app = serve.status().applications.get(app_name)
-    for name, status in (app.deployments if app else {}).items():
-        if status.status in ("DEPLOY_FAILED", "UNHEALTHY") and status.message:
-            lines = [line.strip() for line in status.message.strip().splitlines() if line.strip()]
-            return f"{name} did not start: {lines[-1]}"
-    return None
-
-
-def _wait_healthy(config: ServeConfig) -> None:
-    """Until the public port answers: HAProxy learns of the ingress a moment after Serve does."""
-    deadline = time.monotonic() + READY_TIMEOUT_S
-    while time.monotonic() < deadline:
-        try:
-            if httpx.get(f"{base_url(config)}/health", timeout=5).status_code == 200:
+def drain(url: str, again: threading.Event) -> None:
+    """Wait until no request runs, `DRAIN_TIMEOUT_S` at most, less when ``again`` is set."""
+    deadline = time.monotonic() + DRAIN_TIMEOUT_S
+    with httpx.Client(trust_env=False) as client:
+        while (left := deadline - time.monotonic()) > 0 and not again.wait(0.05):
+            try:
+                scrape = Scrape.parse(client.get(f"{url}/metrics", timeout=left).text)
+            except httpx.HTTPError:
+                return  # there is nothing left to wait for
+            if not scrape.total("ridgewalk_num_requests_running") + scrape.total("ridgewalk_num_requests_waiting"):
                 return
-        except httpx.HTTPError:
-            pass
-        time.sleep(0.05)
-    raise ServiceError(f"{base_url(config)}/health did not answer 200 within {READY_TIMEOUT_S:.0f} s")
+
+
+def _wait_healthy(url: Callable[[], str]) -> str:
+    """Until the public port answers: the proxies learn of the ingress a moment after Serve does. Gives the URL."""
+    deadline = time.monotonic() + READY_TIMEOUT_S
+    with httpx.Client(trust_env=False, timeout=5) as client:
+        while time.monotonic() < deadline:
+            try:
+                if client.get(f"{url()}/health").status_code == 200:
+                    return url()
+            except httpx.HTTPError:
+                pass
+            time.sleep(0.05)
+    raise ServiceError(f"{url()}/health did not answer 200 within {READY_TIMEOUT_S:.0f} s")
 
 
 def base_url(config: ServeConfig) -> str:
     """Where a client on this machine finds the service."""
-    host = "127.0.0.1" if config.host in ("0.0.0.0", "", "::") else config.host
-    return f"http://{host}:{config.port}"
+    host = {"0.0.0.0": "127.0.0.1", "": "127.0.0.1", "::": "::1"}.get(config.host, config.host)
+    return f"http://[{host}]:{config.port}" if ":" in host else f"http://{host}:{config.port}"
 
 
-def _announce(config: ServeConfig, console: Console) -> None:
-    url, model = base_url(config), config.models[0].served_name
+def _announce(url: str, config: ServeConfig, console: Console) -> None:
+    model = config.models[0].served_name
     auth = " -H 'Authorization: Bearer YOUR_KEY'" if config.api_keys or config.api_key_file else ""
-    console.print(f"\nserving at [bold]{url}/v1[/]  (metrics at {url}/metrics). Try:\n", highlight=False)
+    console.print(f"\nserving at {url}/v1  (metrics at {url}/metrics). Try:\n", highlight=False, markup=False)
     messages = '[{"role": "user", "content": "What is 27 + 58?"}]'
     body = f'{{"model": "{model}", "stream": true, "messages": {messages}}}'
     command = f"  curl -N {url}/v1/chat/completions -H 'Content-Type: application/json'{auth} \\\n    -d '{body}'"
@@ -205,7 +177,7 @@ def _print_plan(models: list[PlannedModel], console: Console) -> None:
     for model in models:
         for placement in model.placements:
             plan, engine = placement.memory_plan, placement.engine
-            cache = "KV sized by the device"
+            cache = "KV sized by the ranks"
             if plan is not None:
                 cache = f"{plan.weight_bytes / 2**20:.0f} MiB of weights per rank, KV for {plan.kv_tokens:,} tokens"
             ranks = placement.replicas * engine.world_size
@@ -217,14 +189,22 @@ def _print_plan(models: list[PlannedModel], console: Console) -> None:
 
 
 def _check_port(config: ServeConfig) -> None:
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((config.host, config.port))
-        except OSError as error:
-            raise ConfigError(
-                f"port {config.port} on {config.host} cannot be used ({error.strerror}); choose another with --port"
-            ) from None
+    """Refuse a host or port that cannot be listened on.
+
+    Raises:
+        ConfigError: says why.
+    """
+    try:
+        found = socket.getaddrinfo(config.host or None, config.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        family, kind, protocol, _, address = found[0]
+        with socket.socket(family, kind, protocol) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+    except OSError as error:
+        raise ConfigError(
+            f"port {config.port} on {config.host} cannot be used ({error.strerror}); choose another with --port, or "
+            "another --host"
+        ) from None
 
 
 def _check_gpus(config: ServeConfig) -> None:
@@ -239,36 +219,3 @@ def _check_gpus(config: ServeConfig) -> None:
             raise ConfigError(
                 f"the service needs {wanted:g} GPUs but this machine has {found}; lower -tp or --replicas"
             )
-
-
-def _check_room(config: ServeConfig) -> None:
-    import ray
-
-    from ridgewalk.app import needed_cpus, needed_gpus
-
-    free = ray.available_resources()
-    for resource, wanted in (("CPU", needed_cpus(config)), ("GPU", needed_gpus(config))):
-        if free.get(resource, 0.0) < wanted:
-            raise ConfigError(
-                f"the service needs {wanted:g} {resource}s but the cluster has {free.get(resource, 0.0):g} free of "
-                f"{ray.cluster_resources().get(resource, 0.0):g}; lower -tp, --replicas or cpus_per_rank, or add nodes"
-            )
-
-
-def _install_signal_handlers() -> None:
-    def stop(signum: int, frame: object) -> NoReturn:
-        raise Stopped
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, stop)
-
-
-def _ignore_signals() -> None:
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
-
-
-def _wait_for_signal() -> None:
-    _install_signal_handlers()  # Ray replaces SIGTERM's when it connects
-    while True:
-        time.sleep(3600)

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
 import sys
+import time
 
 import msgspec
 
 from ridgewalk.replica.rank_protocol import RankLaunch
 
 STOP_GRACE_S = 2.0
+"""For all ranks together, until the hung ones are killed."""
 
 
 class SpawnedRanks:
@@ -39,12 +42,14 @@ class SpawnedRanks:
         return None
 
     def stop(self) -> None:
+        deadline = time.monotonic() + STOP_GRACE_S
         for process in self._processes:
-            try:
-                process.wait(STOP_GRACE_S)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(max(0.0, deadline - time.monotonic()))
+        for process in self._processes:
+            process.kill()  # does nothing to one that has ended
+        for process in self._processes:
+            process.wait()
         self._processes = []
 
     @property
