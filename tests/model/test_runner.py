@@ -101,5 +101,5 @@ def test_more_sequences_than_rows_grow_the_table(runner):
 
 
 def test_mesh_that_does_not_fit_is_refused_before_anything_connects(checkpoint):
-    with pytest.raises(UnsupportedModelError, match="tp=3 does not divide"):
+    with pytest.raises(UnsupportedModelError, match="3 does not divide"):
         create_runner(make_config(checkpoint("qwen3").folder, tp=3))

@@ -133,7 +133,7 @@ def test_folder_without_config_is_an_error(tmp_path):
 @pytest.mark.parametrize(
     ("mesh", "message"),
     [
-        (Mesh(tp=3), "tp=3 does not divide the 16 attention heads"),
+        (Mesh(tp=3), "3 does not divide the 16 attention heads"),
         (Mesh(pp=2), "pp=2"),
         (Mesh(dp=2), "run 2 replicas"),
         (Mesh(expert_parallel=True), "no experts"),

@@ -83,6 +83,7 @@ def test_many_clients_at_once_get_right_answers_and_exact_counts(
     service_url: str, scrape: Callable[[], Scrape]
 ) -> None:
     problems = sample_problems(40, seed=7)
+    assert eventually(idle(scrape))  # replicas report ten times a second: what came before must be in
     before = scrape()
 
     async def ask_all() -> list[tuple[bool, int]]:
@@ -111,7 +112,7 @@ def test_a_client_that_leaves_frees_its_blocks(service_url: str, scrape: Callabl
     fields = {"max_tokens": 900, "ignore_eos": True, "stream": True}
     with httpx.stream("POST", f"{service_url}/v1/chat/completions", json=body(**fields), timeout=30) as reply:
         next(reply.iter_lines())
-        assert scrape().total("ridgewalk_num_requests_running") == 1
+        assert eventually(lambda: scrape().total("ridgewalk_num_requests_running") == 1, 3)
     assert eventually(idle(scrape), 5)
 
 

@@ -208,12 +208,22 @@ def validate_mesh(spec: ModelSpec, mesh: Mesh) -> None:
     if mesh.expert_parallel:
         raise UnsupportedModelError(f"{spec.architecture} is dense: it has no experts to run expert-parallel")
     tp = mesh.tp
+    fitting = ", ".join(str(size) for size in range(1, spec.num_heads + 1) if _divides(spec, size))
+    remedy = f"choose one of {fitting}"
     if spec.num_heads % tp:
-        raise UnsupportedModelError(f"tp={tp} does not divide the {spec.num_heads} attention heads")
-    if spec.num_kv_heads % tp and tp % spec.num_kv_heads:
-        raise UnsupportedModelError(f"tp={tp} and the {spec.num_kv_heads} KV heads do not divide one another")
-    if spec.intermediate_size % tp:
-        raise UnsupportedModelError(f"tp={tp} does not divide the intermediate size {spec.intermediate_size}")
+        problem = f"does not divide the {spec.num_heads} attention heads"
+    elif spec.num_kv_heads % tp and tp % spec.num_kv_heads:
+        problem = f"and the {spec.num_kv_heads} KV heads do not divide one another"
+    elif spec.intermediate_size % tp:
+        problem = f"does not divide the intermediate size {spec.intermediate_size}"
+    else:
+        return
+    raise UnsupportedModelError(f"tensor_parallel_size (-tp) {tp} {problem}; {remedy}")
+
+
+def _divides(spec: ModelSpec, tp: int) -> bool:
+    kv_heads_fit = spec.num_kv_heads % tp == 0 or tp % spec.num_kv_heads == 0
+    return spec.num_heads % tp == 0 and kv_heads_fit and spec.intermediate_size % tp == 0
 
 
 def _architecture(config: Mapping[str, Any]) -> str:
