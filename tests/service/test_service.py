@@ -111,7 +111,8 @@ def test_many_clients_at_once_get_right_answers_and_exact_counts(
 def test_a_client_that_leaves_frees_its_blocks(service_url: str, scrape: Callable[[], Scrape]) -> None:
     fields = {"max_tokens": 900, "ignore_eos": True, "stream": True}
     with httpx.stream("POST", f"{service_url}/v1/chat/completions", json=body(**fields), timeout=30) as reply:
-        next(reply.iter_lines())
+        lines = reply.iter_lines()  # kept: httpx hangs up when the iterator is gone
+        next(lines)
         assert eventually(lambda: scrape().total("ridgewalk_num_requests_running") == 1, 3)
     assert eventually(idle(scrape), 5)
 
