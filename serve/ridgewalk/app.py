@@ -38,6 +38,8 @@ INGRESS_CPUS = 0.5
 _ROUTER = RequestRouterConfig(request_router_class="ridgewalk.replica.pinned_router.PinnedRouter")
 _UNLIMITED = 1_000_000  # Serve's own limit; the scheduler's waiting queue is the real one
 _QUIET = LoggingConfig(log_level="WARNING", enable_access_log=False)
+_ONE_EVENT_LOOP = {"RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0", "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0"}
+"""For the ingress, which never blocks: by default every chunk of every stream crosses between two threads."""
 
 
 @dataclass(frozen=True)
@@ -101,7 +103,7 @@ def build_application(config: ServeConfig, models: list[PlannedModel]) -> Applic
         name=INGRESS_NAME,
         num_replicas=config.ingress_replicas,
         max_ongoing_requests=_UNLIMITED,
-        ray_actor_options={"num_cpus": INGRESS_CPUS},
+        ray_actor_options={"num_cpus": INGRESS_CPUS, "runtime_env": {"env_vars": _ONE_EVENT_LOOP}},
         graceful_shutdown_timeout_s=LONGEST_STREAM_S,
         logging_config=_QUIET,
         max_constructor_retry_count=1,

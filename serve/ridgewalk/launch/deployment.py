@@ -25,18 +25,26 @@ class ServiceError(RuntimeError):
 
 
 def start_serve(config: ServeConfig) -> None:
-    """Start Serve unless it runs already; then it keeps the host and port that it has."""
+    """Start Serve unless it runs already; then it keeps the host and port that it has.
+
+    Raises:
+        ServiceError: its controller or a proxy did not start.
+    """
+    import ray
     from ray import serve
     from ray.serve.config import HTTPOptions, ProxyLocation
     from ray.serve.schema import LoggingConfig
 
     # What it has to say of a failing replica, `deploy` says in a sentence.
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
-    serve.start(
-        proxy_location=ProxyLocation.EveryNode,
-        http_options=HTTPOptions(host=config.host, port=config.port),
-        logging_config=LoggingConfig(log_level="CRITICAL", enable_access_log=False),
-    )
+    try:
+        serve.start(
+            proxy_location=ProxyLocation.EveryNode,
+            http_options=HTTPOptions(host=config.host, port=config.port),
+            logging_config=LoggingConfig(log_level="CRITICAL", enable_access_log=False),
+        )
+    except (RuntimeError, TimeoutError, ray.exceptions.RayError) as error:
+        raise ServiceError(f"Ray Serve did not start: {error_sentence(str(error))}") from None
 
 
 def deploy(config: ServeConfig, models: list[PlannedModel], console: Console) -> None:

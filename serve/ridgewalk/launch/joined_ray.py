@@ -5,11 +5,13 @@ from __future__ import annotations
 import ipaddress
 import logging
 import os
+import socket
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -17,6 +19,7 @@ from rich.console import Console
 from ridgewalk.config import ConfigError, ServeConfig
 from ridgewalk.launch.deployment import ServiceError, error_sentence
 
+CONNECT_TIMEOUT_S = 5.0
 DELETE_TIMEOUT_S = 5.0
 
 
@@ -38,13 +41,17 @@ def connected() -> Iterator[None]:
     Raises:
         ServiceError: it does not answer.
     """
+    address = os.environ["RAY_ADDRESS"]
+    _check_answers(address)
+    _prepare_environment(address)
     import ray
 
     try:
         ray.init(logging_level=logging.ERROR, log_to_driver=True)
     except (ConnectionError, RuntimeError, ValueError) as error:
+        hint = "" if "RAY_AUTH_MODE" in os.environ else "; if the cluster asks for a token, set RAY_AUTH_MODE=token"
         raise ServiceError(
-            f"no Ray cluster answers at RAY_ADDRESS={os.environ['RAY_ADDRESS']}: {error_sentence(str(error))}"
+            f"no Ray cluster answers at RAY_ADDRESS={address}: {error_sentence(str(error))}{hint}"
         ) from None
     # Replicas belong to whatever job started Serve, perhaps long ago: without this their log lines are not shown.
     ray._private.worker.global_worker._filter_logs_by_job = False
@@ -52,6 +59,46 @@ def connected() -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def _check_answers(address: str) -> None:
+    """Refuse an address where nothing listens: Ray itself would try for minutes.
+
+    Raises:
+        ServiceError: says so.
+    """
+    if address.startswith("ray://"):
+        raise ServiceError(
+            f"RAY_ADDRESS={address} is one of Ray Client, which cannot stream; run this on a node of the cluster, with "
+            "RAY_ADDRESS=HOST:6379 or auto"
+        )
+    host, _, port = address.rpartition(":")
+    if not (host and port.isdigit()):
+        return  # auto, or another word of Ray's: it knows at once
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), CONNECT_TIMEOUT_S).close()
+    except OSError as error:
+        raise ServiceError(f"no Ray cluster answers at RAY_ADDRESS={address}: {error.strerror or error}") from None
+
+
+def _prepare_environment(address: str) -> None:
+    """What Ray reads when it connects; to be set before it is imported."""
+    os.environ.setdefault("RAY_NUM_REDIS_GET_RETRIES", "5")  # seconds: something listens there, so it may answer
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "error")  # each failed attempt is a line otherwise
+    # `ray start` protects a cluster with this user's token if there is one; `ray.init` sends it unasked to "auto" only.
+    has_token = any(os.environ.get(name) for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"))
+    has_token = has_token or (Path.home() / ".ray" / "auth_token").exists()
+    if has_token and _is_this_machine(address.rpartition(":")[0]):
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
+
+
+def _is_this_machine(host: str) -> bool:
+    try:
+        with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+            probe.bind((host.strip("[]"), 0))
+    except OSError:
+        return False
+    return True
 
 
 def is_address_of_a_cluster(address: str | None) -> bool:
@@ -96,13 +143,13 @@ def adopt(config: ServeConfig, found: RunningServe | None, console: Console) -> 
     for name, route in found.routes.items():
         if route == "/":
             raise ConfigError(
-                f"application {name!r} serves / on this cluster already, and no two applications can; remove it with "
-                f"`serve delete {name}`, or join another cluster"
+                f"application {name!r} serves / on this cluster already, and no two applications can; remove it "
+                f"({_removal(name)}), or join another cluster"
             )
     if config.app_name in found.routes:
         raise ConfigError(
             f"an application called {config.app_name!r} runs on this cluster already; choose another name with "
-            f"--app-name, or remove it with `serve delete {config.app_name}`"
+            f"--app-name, or remove it ({_removal(config.app_name)})"
         )
     if not found.http_host:
         raise ConfigError("Serve on this cluster has no HTTP proxies; start it with some (`serve shutdown` first)")
@@ -113,6 +160,11 @@ def adopt(config: ServeConfig, found: RunningServe | None, console: Console) -> 
             highlight=False,
         )
     return config.model_copy(update={"host": found.http_host, "port": found.http_port})
+
+
+def _removal(name: str) -> str:
+    """How a user removes an application: Serve's command line can only remove all of them."""
+    return f'`python -c "from ray import serve; serve.delete({name!r})"`; `serve shutdown` removes all'
 
 
 def proxy_host(http_host: str, own_node: str, proxies: dict[str, str]) -> str:

@@ -13,38 +13,48 @@ import time
 import psutil
 
 from ridgewalk.config import LONGEST_STREAM_S
-from ridgewalk.replica.host import free_port, num_cores
+from ridgewalk.replica.host import num_cores
 
 MARK = "RIDGEWALK_SERVICE"
 """Environment variable by which every process of a service is known, HAProxy included."""
 
 OBJECT_STORE_BYTES = 256 * 2**20  # nothing large travels through it
 KILL_AFTER_S = 4.0
+FIXED_PORTS = (
+    "RAY_SERVE_HAPROXY_METRICS_PORT",
+    "RAY_SERVE_HAPROXY_STATS_PORT",
+    "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT",
+    "RAY_SERVE_FALLBACK_PROXY_GRPC_PORT",
+)
+"""Ports whose defaults two services on one machine would both take."""
+
 DIRECT_PORTS = 64  # for ingress replicas behind HAProxy
 
 
 def prepare_environment() -> str:
     """Set what Ray and Serve read when they start. Returns the service's mark.
 
-    To be called before Ray is imported, for it reads some of them then. Serve's HAProxy has fixed default ports: with
-    free ones two services live on one machine.
+    To be called before Ray is imported, for it reads some of them then. The ports lie below the kernel's ephemeral
+    range: from there Ray's own many connections might take one between now and its use.
     """
     mark = secrets.token_hex(8)
-    first_direct = _free_range(DIRECT_PORTS)
+    first_fixed = _free_range(len(FIXED_PORTS) + DIRECT_PORTS)
+    first_direct = first_fixed + len(FIXED_PORTS)
+    os.environ.update({name: str(first_fixed + index) for index, name in enumerate(FIXED_PORTS)})
     os.environ.update(
         {
             MARK: mark,
             "RAY_SERVE_ENABLE_HA_PROXY": "1",
             "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": str(int(LONGEST_STREAM_S)),
-            "RAY_SERVE_HAPROXY_METRICS_PORT": str(free_port()),
-            "RAY_SERVE_HAPROXY_STATS_PORT": str(free_port()),
-            "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(free_port()),
-            "RAY_SERVE_FALLBACK_PROXY_GRPC_PORT": str(free_port()),
             "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT": str(first_direct),
-            "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": str(first_direct + DIRECT_PORTS),
+            "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": str(first_direct + DIRECT_PORTS - 1),
             "RAY_USAGE_STATS_ENABLED": "0",
             "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # the coming default; silences a warning of every actor
             "RAY_DEDUP_LOGS": "0",
+            # Serve's own bookkeeping, which idles at a tenth of a core by default: on a small machine ranks need it.
+            "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.25",
+            "RAY_SERVE_METRICS_EXPORT_INTERVAL_MS": "5000",
+            "RAY_metrics_report_interval_ms": "60000",
             # Despite its name, on every system: Ray then takes the loopback address for the node's, and every process,
             # our own channels too, listens there only. (`_node_ip_address="127.0.0.1"` is replaced by a public one.)
             "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
