@@ -95,7 +95,7 @@ def build_application(config: ServeConfig, models: list[PlannedModel]) -> Applic
         for model in models
     }
     settings = IngressSettings(
-        [IngressModel(model.name, str(model.path), model.max_model_len) for model in models],
+        [_ingress_model(model) for model in models],
         read_api_keys(config),
         config.max_body_bytes,
     )
@@ -251,6 +251,11 @@ def _resolve_placement(
         plan = size_cache(engine, spec, available)
         engine.scheduler_config(plan.num_blocks)  # refuses limits that cannot work
     return PlannedPlacement(_deployment_name(name, placement.name), placement.num_replicas, engine, plan)
+
+
+def _ingress_model(model: PlannedModel) -> IngressModel:
+    num_replicas = {placement.engine.placement: placement.replicas for placement in model.placements}
+    return IngressModel(model.name, str(model.path), model.max_model_len, num_replicas)
 
 
 def _deployment_name(model: str, placement: str) -> str:

@@ -6,12 +6,17 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import httpx
 import psutil
 import pytest
+import yaml
 
+from ridgewalk.load.scrape import Scrape
 from ridgewalk.replica.host import free_port
 from tests.service.conftest import MODEL
 
@@ -48,18 +53,27 @@ def wait_ready(process: subprocess.Popen[str]) -> str:
     raise AssertionError(f"the service ended before it was ready:\n{printed}")
 
 
-def test_two_services_live_on_one_machine_and_leave_nothing_behind(start: Start) -> None:
+def ask(port: int) -> str:
+    body = {"model": MODEL, "temperature": 0, "messages": [{"role": "user", "content": "What is 27 + 58?"}]}
+    reply = httpx.post(f"http://127.0.0.1:{port}/v1/chat/completions", json=body, timeout=60)
+    return reply.json()["choices"][0]["message"]["content"].strip()
+
+
+def test_two_services_live_on_one_machine_and_leave_nothing_behind(start: Start, tmp_path: Path) -> None:
     ports = [free_port("127.0.0.1") for _ in range(2)]
-    services = [start(MODEL, "--host", "127.0.0.1", "--port", str(port), "--num-blocks", "512") for port in ports]
+    hybrid = tmp_path / "hybrid.yaml"
+    placements = [{"replicas": 2, "num_blocks": 256}, {"tensor_parallel_size": 2, "num_blocks": 256}]
+    hybrid.write_text(yaml.safe_dump({"models": [{"model": MODEL, "placements": placements}]}))
+    services = [
+        start(*arguments, "--host", "127.0.0.1", "--port", str(port))
+        for arguments, port in zip(([MODEL, "--num-blocks", "512"], ["-c", str(hybrid)]), ports, strict=True)
+    ]
     for process, port in zip(services, ports, strict=True):
-        printed = wait_ready(process)
-        assert "curl" in printed
-        reply = httpx.post(
-            f"http://127.0.0.1:{port}/v1/chat/completions",
-            json={"model": MODEL, "temperature": 0, "messages": [{"role": "user", "content": "What is 27 + 58?"}]},
-            timeout=30,
-        )
-        assert reply.json()["choices"][0]["message"]["content"].strip() == "85"
+        assert "curl" in wait_ready(process)
+        with ThreadPoolExecutor(12) as pool:
+            assert set(pool.map(ask, [port] * 12)) == {"85"}
+    assert used_placements(ports[0]) == {"TP1": 1}
+    assert used_placements(ports[1]) == {"DP2": 2, "TP2": 1}
     for process in services:
         family = psutil.Process(process.pid).children(recursive=True)
         assert any("haproxy" in child.name() for child in family)
@@ -69,6 +83,18 @@ def test_two_services_live_on_one_machine_and_leave_nothing_behind(start: Start)
         assert time.monotonic() - asked < 10  # the promise of the README
         _, alive = psutil.wait_procs(family, timeout=0)
         assert [child for child in alive if child.status() != psutil.STATUS_ZOMBIE] == []
+
+
+def used_placements(port: int) -> dict[str, int]:
+    """Replicas that computed tokens, by placement; every replica that shall run answered the scrape."""
+    scrape = Scrape.parse(httpx.get(f"http://127.0.0.1:{port}/metrics", timeout=10).text)
+    assert scrape.total("ridgewalk_scrape_missing_replicas") == 0
+    placements = [
+        dict(labels)["placement"]
+        for (name, labels), value in scrape.samples.items()
+        if name == "ridgewalk_generation_tokens_total" and value > 0
+    ]
+    return dict(Counter(placements))
 
 
 def test_a_service_that_is_stopped_while_it_starts_leaves_nothing_behind(start: Start) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 
 import msgspec
 from ray import serve
@@ -20,8 +21,9 @@ from ridgewalk.replica.service_backend import ServiceBackend
 logger = logging.getLogger(__name__)
 
 INGRESS_NAME = "Ingress"
-READY_TIMEOUT_S = 3600.0
-"""The largest models load for long; Serve itself gives up on a replica that fails."""
+READY_GRACE_S = 5.0
+"""What a new ingress waits for the replicas of a running service before it takes requests. While models load longer,
+it answers: `/health` with 503."""
 
 
 class IngressModel(msgspec.Struct, frozen=True):
@@ -30,6 +32,7 @@ class IngressModel(msgspec.Struct, frozen=True):
     name: str
     path: str  # a folder that every node can read
     max_model_len: int
+    num_replicas: dict[str, int]  # that shall run, by placement
 
 
 class IngressSettings(msgspec.Struct, frozen=True):
@@ -51,7 +54,8 @@ class Ingress:
         models = [
             load_served_model(model.name, model.path, max_model_len=model.max_model_len) for model in settings.models
         ]
-        self._backend = await ServiceBackend.connect(models, handles, self._metrics)
+        expected = {model.name: model.num_replicas for model in settings.models}
+        self._backend = await ServiceBackend.connect(models, handles, expected, self._metrics)
         await self._wait_ready()
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
@@ -68,9 +72,6 @@ class Ingress:
             self._backend.close()
 
     async def _wait_ready(self) -> None:
-        """Until then the port refuses, rather than answer every early request with an error."""
-        for _ in range(int(READY_TIMEOUT_S / 0.05)):
-            if self._backend.not_ready() is None:
-                return
+        deadline = time.monotonic() + READY_GRACE_S
+        while self._backend.not_ready() is not None and time.monotonic() < deadline:
             await asyncio.sleep(0.05)
-        raise RuntimeError(self._backend.not_ready())

@@ -202,7 +202,7 @@ CAPACITY_TRAP = _service(
     "model_name",
 )  # fmt: skip
 SCRAPE_MISSING_REPLICAS = _service(
-    "scrape_missing_replicas", "Replicas that did not answer this scrape in time.",
+    "scrape_missing_replicas", "Replicas that shall run and did not answer this scrape in time.",
     "model_name", "placement", unit="replicas",
 )  # fmt: skip
 SCRAPE_MISSING_INGRESSES = _service(

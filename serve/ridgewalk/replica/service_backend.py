@@ -33,6 +33,9 @@ METRICS_TIMEOUT_S = 2.0
 Handles = Mapping[str, Mapping[str, DeploymentHandle]]
 """Of every engine deployment, by model name and placement."""
 
+ReplicaCounts = Mapping[str, Mapping[str, int]]
+"""Replicas that shall run, by model name and placement."""
+
 
 class ServiceBackend:
     """Lives on the ingress's event loop, where everything in it happens. Made by `connect`."""
@@ -41,11 +44,13 @@ class ServiceBackend:
         self,
         models: Sequence[ServedModel],
         handles: Handles,
+        expected: ReplicaCounts,
         metrics: IngressMetrics,
         introduction: Introduction,
         peer_server: PeerServer,
     ) -> None:
         self._models = {model.name: model for model in models}
+        self._expected = expected
         self._introduction = introduction
         self._peer_server = peer_server
         self._metrics = metrics
@@ -62,12 +67,16 @@ class ServiceBackend:
         self._maintenance = asyncio.create_task(self._maintain())
 
     @classmethod
-    async def connect(cls, models: Sequence[ServedModel], handles: Handles, metrics: IngressMetrics) -> ServiceBackend:
+    async def connect(
+        cls, models: Sequence[ServedModel], handles: Handles, expected: ReplicaCounts, metrics: IngressMetrics
+    ) -> ServiceBackend:
         """Start following the replicas, and answering other ingresses."""
         secret = secrets.token_hex(16)
         peer_server = PeerServer(secret, metrics.snapshot)
         endpoint = await peer_server.start(ray.util.get_node_ip_address())
-        return cls(models, handles, metrics, Introduction(secrets.token_hex(8), secret, endpoint), peer_server)
+        return cls(
+            models, handles, expected, metrics, Introduction(secrets.token_hex(8), secret, endpoint), peer_server
+        )
 
     @property
     def models(self) -> Mapping[str, ServedModel]:
@@ -88,19 +97,22 @@ class ServiceBackend:
             for name, pool in self._pools.items()
             for placement, replica_id in pool.replicas()
         ]
-        missing: Counter[tuple[str, str]] = Counter()
+        missing = Counter(
+            {(name, placement): count for name, counts in self._expected.items() for placement, count in counts.items()}
+        )
         snapshots = [decode(self._metrics.snapshot())]
         peers: dict[str, Introduction] = {}
         for name, placement, task in asked:
             answer = await task
-            missing[name, placement] += answer is None
             if answer is not None:
+                missing[name, placement] -= 1
                 snapshots.append(decode(answer.snapshot))
                 peers.update({peer.ingress_id: peer for peer in answer.ingresses})
         peers.pop(self._introduction.ingress_id, None)
         answers = await asyncio.gather(*(ask_peer(peer, METRICS_TIMEOUT_S) for peer in peers.values()))
         snapshots += [decode(answer) for answer in answers if answer is not None]
-        return merge(snapshots, missing, answers.count(None))
+        # While replicas are exchanged, old and new ones answer: none is missing then.
+        return merge(snapshots, {key: max(0, count) for key, count in missing.items()}, answers.count(None))
 
     def close(self) -> None:
         """Stop following replicas."""
