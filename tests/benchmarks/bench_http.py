@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import aiohttp
+import uvloop
 from rich.console import Console
 
 from ridgewalk.config import ServeConfig
@@ -32,7 +33,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     if arguments.url:
-        asyncio.run(_run(arguments.url, arguments))
+        uvloop.run(_run(arguments.url, arguments))
         return
     config = ServeConfig.model_validate(
         {
@@ -50,7 +51,7 @@ def main() -> None:
         }
     )
     with running_service(config, Console()):
-        asyncio.run(_run(base_url(config), arguments))
+        uvloop.run(_run(base_url(config), arguments))
 
 
 async def _run(url: str, arguments: argparse.Namespace) -> None:

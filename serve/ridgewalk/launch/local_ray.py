@@ -46,6 +46,7 @@ def prepare_environment() -> str:
             MARK: mark,
             "RAY_SERVE_ENABLE_HA_PROXY": "1",
             "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": str(int(LONGEST_STREAM_S)),
+            "RAY_SERVE_HAPROXY_NBTHREAD": str(max(1, min(4, num_cores() // 4))),
             "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT": str(first_direct),
             "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": str(first_direct + DIRECT_PORTS - 1),
             "RAY_USAGE_STATS_ENABLED": "0",

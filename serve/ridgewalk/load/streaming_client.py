@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -73,10 +73,8 @@ async def stream_completion(
     async with session.post(url, json=payload) as response:
         if response.status != 200:
             raise RequestFailed(f"{response.status}: {(await response.text())[:500]}")
-        async for line in response.content:
-            if not line.startswith(b"data: ") or line.startswith(b"data: [DONE]"):
-                continue
-            chunk = _decoder.decode(line[6:])
+        async for event in _events(response):
+            chunk = _decoder.decode(event)
             if chunk.error is not None:
                 raise RequestFailed(str(chunk.error))
             if _take(answer, chunk, on_text):
@@ -90,6 +88,16 @@ async def stream_completion(
     if answer.finish_reason is None:
         raise RequestFailed("the stream ended without a finish_reason")
     return answer
+
+
+async def _events(response: aiohttp.ClientResponse) -> AsyncIterator[bytes]:
+    """The JSON of each event of a stream. Cheaper than reading lines: the client often shares cores with the service."""
+    rest = b""
+    async for data in response.content.iter_any():
+        *events, rest = (rest + data).split(b"\n\n")
+        for event in events:
+            if event.startswith(b"data: ") and not event.startswith(b"data: [DONE]"):
+                yield event[6:]
 
 
 def _take(answer: Answer, chunk: _Chunk, on_text: Callable[[str, bool], None] | None) -> bool:
