@@ -91,7 +91,7 @@ async def stream_completion(
 
 
 async def _events(response: aiohttp.ClientResponse) -> AsyncIterator[bytes]:
-    """The JSON of each event of a stream. Cheaper than reading lines: the client often shares cores with the service."""
+    """The JSON of each event of a stream. Cheaper than reading lines: client and service often share cores."""
     rest = b""
     async for data in response.content.iter_any():
         *events, rest = (rest + data).split(b"\n\n")
