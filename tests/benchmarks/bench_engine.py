@@ -22,6 +22,7 @@ def main() -> None:
     parser.add_argument("-tp", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--concurrency", type=int, nargs="+", default=list(CONCURRENCY))
+    parser.add_argument("--schedule-ahead", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     config = EngineConfig(
@@ -36,6 +37,7 @@ def main() -> None:
         block_size=16,
         enable_prefix_caching=False,
         max_waiting=10_000,
+        schedule_ahead=arguments.schedule_ahead,
         num_blocks=64 * 32,
     )
     started = time.perf_counter()
@@ -65,6 +67,7 @@ def _print_phases(engine: OfflineEngine) -> None:
         phases["step"] += timings.seconds
         for phase, seconds in timings.phases.items():
             phases[phase] += seconds
+        phases["of that, all-reduce"] += sum(c.seconds for c in timings.collectives)
     print("\nms per step: " + ", ".join(f"{name} {total / len(steps) * 1e3:.2f}" for name, total in phases.items()))
 
 
