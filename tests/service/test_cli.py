@@ -117,7 +117,9 @@ def test_a_service_that_is_stopped_while_it_starts_leaves_nothing_behind(start: 
     [
         (["nonsense"], "neither a model of the zoo"),
         ([], "name either a MODEL or a configuration file"),
-        ([MODEL, "-pp", "2"], "pipeline_parallel_size above 1 is not built yet"),
+        ([MODEL, "-pp", "200"], "pipeline_parallel_size"),
+        ([MODEL, "-dp", "2", "--enable-expert-parallel"], "is dense"),
+        ([MODEL, "--num-redundant-experts", "2"], "num_redundant_experts needs enable_expert_parallel"),
         ([MODEL, "-tp", "3"], "tensor_parallel_size"),
         ([MODEL, "--memory", "1MiB"], "raise --memory"),
         ([MODEL, "--max-model-len", "10000000"], "max_model_len"),
