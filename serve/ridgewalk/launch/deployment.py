@@ -51,7 +51,7 @@ def deploy(config: ServeConfig, models: list[PlannedModel], console: Console) ->
     """Run the application and wait until every deployment is healthy.
 
     Raises:
-        ServiceError: a replica failed to start.
+        ServiceError: a replica failed to start, or a proxy does not find the ingress.
     """
     import ray
     from ray import serve
@@ -64,7 +64,7 @@ def deploy(config: ServeConfig, models: list[PlannedModel], console: Console) ->
     watcher.start()
     try:
         serve.run(build_application(config, models), name=config.app_name, route_prefix="/")
-    except (RuntimeError, RayServeException, ray.exceptions.RayError) as error:
+    except (RuntimeError, TimeoutError, RayServeException, ray.exceptions.RayError) as error:
         raise ServiceError(_deployment_problem(config.app_name) or error_sentence(str(error))) from None
     finally:
         done.set()

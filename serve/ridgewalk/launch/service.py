@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import threading
 import time
@@ -16,6 +17,7 @@ from rich.console import Console
 from ridgewalk.config import ConfigError, ServeConfig
 from ridgewalk.launch import joined_ray, local_ray
 from ridgewalk.launch.deployment import ServiceError, deploy, start_serve
+from ridgewalk.launch.haproxy import SERVE_HOST
 from ridgewalk.launch.stopping import Stopped, StopSignals, wait_for_stop
 from ridgewalk.load.scrape import Scrape
 
@@ -61,9 +63,9 @@ def running_service(config: ServeConfig, console: Console) -> Iterator[str]:
 
 @contextmanager
 def _local(config: ServeConfig, console: Console, signals: StopSignals) -> Iterator[str]:
-    _check_port(config)
+    address = listen_address(config)
     started = time.monotonic()
-    mark = local_ray.prepare_environment()
+    surroundings = local_ray.prepare_environment()
     from ridgewalk.app import needed_cpus, resolve
 
     models = resolve(config)
@@ -73,20 +75,22 @@ def _local(config: ServeConfig, console: Console, signals: StopSignals) -> Itera
     ready = False
     try:
         console.print("starting Ray on this machine")
-        local_ray.start_ray(needed_cpus(config))
+        local_ray.start_ray(surroundings, needed_cpus(config), address)
         signals.install()
-        start_serve(config)
+        start_serve(config.model_copy(update={"host": SERVE_HOST}))
         deploy(config, models, console)
         _wait_healthy(lambda: url)
         console.print(f"ready after {time.monotonic() - started:.1f} s")
         ready = True
         yield url
+    except SystemExit as error:
+        raise (Stopped if error.code == signal.SIGTERM and not ready else error) from None
     finally:
         signals.begin_stop()
         console.print("stopping ...")
         if ready:
             drain(url, signals.again)
-        local_ray.stop_ray(mark, signals.again)
+        local_ray.stop_ray(surroundings, signals.again)
 
 
 @contextmanager
@@ -188,14 +192,16 @@ def _print_plan(models: list[PlannedModel], console: Console) -> None:
             )
 
 
-def _check_port(config: ServeConfig) -> None:
-    """Refuse a host or port that cannot be listened on.
+def listen_address(config: ServeConfig) -> str:
+    """The numeric address that ``host`` means. Refuses a host or port that cannot be listened on.
 
     Raises:
         ConfigError: says why.
     """
     try:
-        found = socket.getaddrinfo(config.host or None, config.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        found = socket.getaddrinfo(
+            config.host or "0.0.0.0", config.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )
         family, kind, protocol, _, address = found[0]
         with socket.socket(family, kind, protocol) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -205,6 +211,12 @@ def _check_port(config: ServeConfig) -> None:
             f"port {config.port} on {config.host} cannot be used ({error.strerror}); choose another with --port, or "
             "another --host"
         ) from None
+    if len(address) == 4 and address[3]:
+        raise ConfigError(
+            f"--host {config.host} is an address of one link only, which HAProxy cannot listen on; choose another "
+            "address of this machine, 0.0.0.0 or ::"
+        )
+    return str(address[0])
 
 
 def _check_gpus(config: ServeConfig) -> None:
