@@ -37,19 +37,21 @@ def build_app(
     api_keys: Collection[str] = (),
     max_body_bytes: int = MAX_BODY_BYTES,
     version: str = ridgewalk.__version__,
+    adds_request_id: bool = True,
     observer: RequestObserver | None = None,
     clock: Callable[[], float] = time.perf_counter,
     wall_clock: Callable[[], float] = time.time,
 ) -> Starlette:
     """The OpenAI-compatible application in front of ``backend``.
 
-    ``api_keys``: none means open to all. ``observer`` keeps metrics of requests, in seconds of ``clock``;
-    ``wall_clock`` gives the ``created`` of answers. ``backend.models`` is read at each request: models may come and go.
+    ``api_keys``: none means open to all. ``adds_request_id``: False where the server gives replies their
+    ``x-request-id``. ``observer`` keeps metrics of requests, in seconds of ``clock``; ``wall_clock`` gives the
+    ``created`` of answers. ``backend.models`` is read at each request: models may come and go.
     """
     if not all(key.strip() for key in api_keys):
         raise ValueError("An API key is empty.")
     service = Service(backend, max_body_bytes, version, observer or NullObserver(), clock, wall_clock)
-    middleware = [Middleware(RequestIdMiddleware)]
+    middleware = [Middleware(RequestIdMiddleware, adds_header=adds_request_id)]
     if api_keys:
         middleware.append(Middleware(ApiKeyMiddleware, keys=api_keys, observer=service.observer))
     app = Starlette(

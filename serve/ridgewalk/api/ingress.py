@@ -64,6 +64,7 @@ class Ingress:
             api_keys=self._settings.api_keys,
             max_body_bytes=self._settings.max_body_bytes,
             version=__version__,
+            adds_request_id=False,  # Serve does
             observer=self._metrics,
         )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from contextlib import aclosing
 from typing import Protocol
@@ -50,13 +51,22 @@ class GenerationReply(Response):
         self._started = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Raises `ApiError` if nothing was sent yet."""
+        """Raises `ApiError` if nothing was sent yet.
+
+        A client that leaves is counted once, whoever notices first: some servers say so, Serve cancels the request.
+        """
         try:
             await run_until_disconnect(receive, self._send_stream(send) if self._stream else self._send_whole(send))
         except ClientDisconnected:
             if not self._started:
-                raise
-            self._generation.observer.on_error(self._generation.model.name, CLIENT_CLOSED_REQUEST)
+                raise  # to be answered, though nobody reads it, and counted there
+            self._count_departure()
+        except asyncio.CancelledError:
+            self._count_departure()
+            raise
+
+    def _count_departure(self) -> None:
+        self._generation.observer.on_error(self._generation.model.name, CLIENT_CLOSED_REQUEST)
 
     async def _send_whole(self, send: Send) -> None:
         deltas: list[list[OutputDelta]] = [[] for _ in range(self._generation.num_choices)]
