@@ -93,6 +93,8 @@ class EngineReplica:
             self._loop.stop()
 
     def _log_progress(self, progress: LoadProgress) -> None:
+        if not progress.done_bytes:  # the time counts from here: a small model needs no such line
+            self._progress_logged = time.monotonic()
         if time.monotonic() - self._progress_logged < PROGRESS_EVERY_S:
             return
         self._progress_logged = time.monotonic()
