@@ -11,6 +11,7 @@ import pytest
 
 from ridgewalk.api.app import build_app
 from ridgewalk.api.backend import BackendError, TokenEvent
+from ridgewalk.api.open_replies import OpenReplies
 from tests.api.conftest import chat
 from tests.api.fake_backend import FakeBackend, say
 from tests.api.test_observer import Recorder
@@ -155,6 +156,30 @@ async def test_cancelled_request_ends_the_generation(
         await running
     assert backend.streams[0].closed.is_set()
     assert seen.of("on_error") == [("tiny", 499)]
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+@pytest.mark.parametrize("tokens_before", [0, 2])
+async def test_a_server_that_ends_says_so(backend: FakeBackend, streamed: bool, tokens_before: int) -> None:
+    never, seen, replies = asyncio.Event(), Recorder(), OpenReplies()
+    backend.script = lambda model, sequences: [*say(model, sequences, "one two three")[:tokens_before], never]
+    connection = Connection(backend, chat(stream=streamed), observer=seen, open_replies=replies)
+    running = asyncio.create_task(connection.run())
+    while not backend.streams:
+        await asyncio.sleep(0)
+    await backend.streams[0].waiting.wait()
+    replies.end_all()
+    await running
+    begun = streamed and tokens_before > 0
+    assert connection.sent[0]["status"] == (200 if begun else 503)
+    last = connection.chunks[-1]
+    assert json.loads(last.removeprefix(b"data: "))["error"]["type"] == "server_error"
+    assert connection.sent[-1].get("more_body", False) is False
+    assert backend.streams[0].closed.is_set()
+    late = Connection(backend, chat(stream=streamed), open_replies=replies)
+    await late.run()
+    assert late.sent[0]["status"] == 503
+    assert seen.of("on_error") == [("tiny", 503)]
 
 
 async def test_disconnect_before_the_body_is_complete(backend: FakeBackend) -> None:

@@ -78,7 +78,7 @@ class CompletionHandler:
             continuous_usage=options is not None and options.continuous_usage_stats is True,
         )
         service.observer.on_request(model.name, request.url.path)
-        return GenerationReply(generation, writer, stream=call.stream is True)
+        return GenerationReply(generation, writer, stream=call.stream is True, open_replies=service.open_replies)
 
 
 class _PromptsOnly:

@@ -6,6 +6,7 @@ import logging
 import re
 import threading
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -69,6 +70,17 @@ def deploy(config: ServeConfig, models: list[PlannedModel], console: Console) ->
     finally:
         done.set()
         watcher.join(1.0)  # it may be waiting for a controller that is gone
+
+
+def end_replies(app_name: str, timeout_s: float) -> None:
+    """Have every ingress end its open replies in order, rather than break them off when its process ends."""
+    import ray
+    from ray import serve
+    from ray.serve.exceptions import RayServeException
+
+    # Nothing to be said to clients in time is no reason not to end.
+    with suppress(RuntimeError, TimeoutError, RayServeException, ray.exceptions.RayError):
+        serve.get_app_handle(app_name).broadcast("end_replies").results(timeout_s=timeout_s)
 
 
 def error_sentence(text: str) -> str:

@@ -16,7 +16,7 @@ from rich.console import Console
 
 from ridgewalk.config import ConfigError, ServeConfig
 from ridgewalk.launch import joined_ray, local_ray
-from ridgewalk.launch.deployment import ServiceError, deploy, start_serve
+from ridgewalk.launch.deployment import ServiceError, deploy, end_replies, start_serve
 from ridgewalk.launch.haproxy import SERVE_HOST
 from ridgewalk.launch.stopping import Stopped, StopSignals, wait_for_stop
 from ridgewalk.load.scrape import Scrape
@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 READY_TIMEOUT_S = 1800.0
 DRAIN_TIMEOUT_S = 3.0
 """What running requests get to end in when a service on this machine is stopped."""
+
+END_TIMEOUT_S = 1.0
+"""What the others then get to hear that they must end, and again for their clients to be told."""
 
 
 def run_service(config: ServeConfig, console: Console) -> None:
@@ -88,8 +91,9 @@ def _local(config: ServeConfig, console: Console, signals: StopSignals) -> Itera
     finally:
         signals.begin_stop()
         console.print("stopping ...")
-        if ready:
-            drain(url, signals.again)
+        if ready and not drain(url, signals.again):
+            end_replies(config.app_name, END_TIMEOUT_S)
+            drain(url, signals.again, END_TIMEOUT_S)
         local_ray.stop_ray(surroundings, signals.again)
 
 
@@ -133,17 +137,18 @@ def _joined(config: ServeConfig, console: Console, signals: StopSignals) -> Iter
             joined_ray.delete_application(config.app_name, deployed_at, signals.again, console)
 
 
-def drain(url: str, again: threading.Event) -> None:
-    """Wait until no request runs, `DRAIN_TIMEOUT_S` at most, less when ``again`` is set."""
-    deadline = time.monotonic() + DRAIN_TIMEOUT_S
+def drain(url: str, again: threading.Event, timeout_s: float = DRAIN_TIMEOUT_S) -> bool:
+    """Wait until no request runs, ``timeout_s`` at most, less when ``again`` is set. False if some still do."""
+    deadline = time.monotonic() + timeout_s
     with httpx.Client(trust_env=False) as client:
         while (left := deadline - time.monotonic()) > 0 and not again.wait(0.05):
             try:
                 scrape = Scrape.parse(client.get(f"{url}/metrics", timeout=left).text)
             except httpx.HTTPError:
-                return  # there is nothing left to wait for
+                return True  # there is nothing left to wait for
             if not scrape.total("ridgewalk_num_requests_running") + scrape.total("ridgewalk_num_requests_waiting"):
-                return
+                return True
+    return again.is_set()
 
 
 def _wait_healthy(url: Callable[[], str]) -> str:
