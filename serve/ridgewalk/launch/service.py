@@ -86,8 +86,10 @@ def _local(config: ServeConfig, console: Console, signals: StopSignals) -> Itera
         console.print(f"ready after {time.monotonic() - started:.1f} s")
         ready = True
         yield url
-    except SystemExit as error:
-        raise (Stopped if error.code == signal.SIGTERM and not ready else error) from None
+    except (SystemExit, KeyboardInterrupt) as error:
+        if ready or (isinstance(error, SystemExit) and error.code != signal.SIGTERM):
+            raise
+        raise Stopped from None  # what Ray makes of a signal while it starts
     finally:
         signals.begin_stop()
         console.print("stopping ...")
