@@ -19,8 +19,19 @@ from ridgewalk.config import ConfigError, load_config, parse_config, parse_size
         ({"models": []}, "models: List should have at least 1"),
         ({"models": [{"model": "x", "placments": []}]}, r"models\[0\].placments: no such option"),
         ({"models": [{"model": "x", "placements": [{"replicas": 0}]}]}, r"models\[0\].placements\[0\].replicas: .*1"),
-        ({"models": [{"model": "x", "placements": [{"pipeline_parallel_size": 2}]}]}, "not built yet"),
-        ({"models": [{"model": "x", "placements": [{"enable_expert_parallel": True}]}]}, "not built yet"),
+        ({"models": [{"model": "x", "placements": [{"pipeline_parallel_size": 0}]}]}, "pipeline_parallel_size"),
+        (
+            {"models": [{"model": "x", "placements": [{"record_expert_load": "f.json"}]}]},
+            "record_expert_load needs enable_expert_parallel",
+        ),
+        (
+            {"models": [{"model": "x", "placements": [{"expert_load": "f.json", "data_parallel_size": 2}]}]},
+            "expert_load needs enable_expert_parallel",
+        ),
+        (
+            {"models": [{"model": "x", "placements": [{"num_redundant_experts": 2, "enable_expert_parallel": True}]}]},
+            "num_redundant_experts needs expert_load.*record_expert_load",
+        ),
         ({"models": [{"model": "x", "placements": [{"memory": "2 potatoes"}]}]}, "write it as 2GiB"),
         ({"models": [{"model": "x", "placements": [{"memory": 5, "num_blocks": 5}]}]}, "exclude each other"),
         ({"models": [{"model": "x", "dtype": "int8"}]}, r"models\[0\].dtype"),
@@ -38,6 +49,34 @@ def test_dense_data_parallelism_is_replicas() -> None:
     config = parse_config({"models": [{"model": "x", "placements": [{"data_parallel_size": 2, "replicas": 2}]}]})
     placement = config.models[0].placements[0]
     assert (placement.num_replicas, placement.mesh.world_size, placement.name) == (4, 1, "DP4")
+
+
+@pytest.mark.parametrize(
+    ("shape", "replicas", "ranks", "name"),
+    [
+        ({"pipeline_parallel_size": 2, "tensor_parallel_size": 2}, 1, 4, "PP2xTP2"),
+        ({"pipeline_parallel_size": 2, "data_parallel_size": 2}, 2, 2, "DP2xPP2"),
+        ({"data_parallel_size": 2, "enable_expert_parallel": True}, 1, 2, "DP2xEP2"),
+        ({"data_parallel_size": 2, "tensor_parallel_size": 2, "enable_expert_parallel": True}, 1, 4, "DP2xTP2xEP4"),
+        ({"replicas": 3, "data_parallel_size": 2, "enable_expert_parallel": True}, 3, 2, "3xDP2xEP2"),
+        ({"enable_expert_parallel": True, "pipeline_parallel_size": 2, "tensor_parallel_size": 2}, 1, 4, "PP2xTP2xEP2"),
+    ],
+)
+def test_shapes_of_a_placement(shape: dict[str, object], replicas: int, ranks: int, name: str) -> None:
+    """Data parallelism is inside the replica only with expert parallelism: else it is replicas."""
+    config = parse_config({"models": [{"model": "x", "placements": [shape]}]})
+    placement = config.models[0].placements[0]
+    assert (placement.num_replicas, placement.mesh.world_size, placement.name) == (replicas, ranks, name)
+    assert config.num_ranks == replicas * ranks
+
+
+def test_paths_of_expert_loads_do_not_depend_on_where_they_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    shape = {"enable_expert_parallel": True, "expert_load": "seen.json", "record_expert_load": "new/seen.json"}
+    placement = parse_config({"models": [{"model": "x", "placements": [shape]}]}).models[0].placements[0]
+    assert (placement.expert_load, placement.record_expert_load) == (tmp_path / "seen.json", tmp_path / "new/seen.json")
 
 
 def test_a_file_that_is_missing_or_no_yaml_is_named(tmp_path: Path) -> None:

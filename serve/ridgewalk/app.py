@@ -26,6 +26,8 @@ from ridgewalk.config import (
     parse_config,
 )
 from ridgewalk.model_source import find_model
+from ridgewalk.placement.expert_load import read_expert_load
+from ridgewalk.placement.expert_map import balanced_expert_map, imbalance, uniform_expert_map
 from ridgewalk.placement.memory import MemoryPlan
 from ridgewalk.placement.model_spec import ModelSpec, validate_mesh
 from ridgewalk.replica.engine_config import EngineConfig
@@ -222,7 +224,9 @@ def _resolve_placement(
     host: _Host,
 ) -> PlannedPlacement:
     mesh = placement.mesh
-    validate_mesh(spec, mesh)
+    validate_mesh(spec, mesh, placement.num_redundant_experts)
+    expert_map, expert_imbalance = _place_experts(spec, placement)
+    record = placement.record_expert_load
     engine = EngineConfig(
         model_name=name,
         placement=placement.name,
@@ -231,6 +235,11 @@ def _resolve_placement(
         tp=mesh.tp,
         pp=mesh.pp,
         dp=mesh.dp,
+        expert_parallel=mesh.expert_parallel,
+        num_redundant_experts=placement.num_redundant_experts,
+        expert_map=expert_map,
+        expert_imbalance=expert_imbalance,
+        record_expert_load=None if record is None else str(record),
         max_model_len=max_model_len,
         max_num_seqs=model.max_num_seqs,
         max_num_batched_tokens=model.max_num_batched_tokens,
@@ -251,6 +260,19 @@ def _resolve_placement(
         plan = size_cache(engine, spec, available)
         engine.scheduler_config(plan.num_blocks)  # refuses limits that cannot work
     return PlannedPlacement(_deployment_name(name, placement.name), placement.num_replicas, engine, plan)
+
+
+def _place_experts(
+    spec: ModelSpec, placement: PlacementConfig
+) -> tuple[list[list[list[int]]] | None, tuple[float, float] | None]:
+    """The expert map by observed loads, and the worst layer's imbalance at these: uniform, and with the map."""
+    if placement.expert_load is None or spec.moe is None:
+        return None, None
+    ep = placement.mesh.dp * placement.mesh.tp
+    loads = read_expert_load(placement.expert_load, spec.moe).layers
+    balanced = balanced_expert_map(spec.moe, ep, placement.num_redundant_experts, loads)
+    worst = [max(imbalance(chosen, loads)) for chosen in (uniform_expert_map(spec.moe, ep), balanced)]
+    return [[list(slots) for slots in layer] for layer in balanced.layers], (worst[0], worst[1])
 
 
 def _ingress_model(model: PlannedModel) -> IngressModel:

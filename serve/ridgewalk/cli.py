@@ -54,21 +54,35 @@ def serve(
     pipeline_parallel_size: Annotated[
         int,
         typer.Option(
-            "--pipeline-parallel-size", "-pp", rich_help_panel=PLACEMENT, help="Stages of layers (not built yet)."
+            "--pipeline-parallel-size", "-pp", rich_help_panel=PLACEMENT, help="Stages that share out the layers."
         ),
     ] = 1,
     data_parallel_size: Annotated[
         int,
         typer.Option(
-            "--data-parallel-size", "-dp", rich_help_panel=PLACEMENT, help="For a dense model the same as --replicas."
+            "--data-parallel-size",
+            "-dp",
+            rich_help_panel=PLACEMENT,
+            help="Attention groups of an expert-parallel replica; without --enable-expert-parallel, replicas.",
         ),
     ] = 1,
     enable_expert_parallel: Annotated[
         bool,
         typer.Option(
-            "--enable-expert-parallel", rich_help_panel=PLACEMENT, help="Spread experts over ranks (not built yet)."
+            "--enable-expert-parallel", rich_help_panel=PLACEMENT, help="Spread the experts over -dp x -tp ranks."
         ),
     ] = False,
+    num_redundant_experts: Annotated[
+        int, typer.Option(rich_help_panel=PLACEMENT, help="Copies of busy experts, per layer; needs --expert-load.")
+    ] = 0,
+    expert_load: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(rich_help_panel=PLACEMENT, help="A file of observed loads, by which experts are placed."),
+    ] = None,
+    record_expert_load: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(rich_help_panel=PLACEMENT, help="Write the loads of this service's experts to a file."),
+    ] = None,
     replicas: Annotated[int, typer.Option(rich_help_panel=PLACEMENT, help="Independent copies of the model.")] = 1,
     memory: Annotated[
         str | None,
@@ -78,7 +92,8 @@ def serve(
         ),
     ] = None,
     num_blocks: Annotated[
-        int | None, typer.Option(rich_help_panel=PLACEMENT, help="KV blocks of a replica, instead of --memory.")
+        int | None,
+        typer.Option(rich_help_panel=PLACEMENT, help="KV blocks of an attention group, instead of --memory."),
     ] = None,
     gpus_per_rank: Annotated[float, typer.Option(rich_help_panel=PLACEMENT, help="Over 0, ranks run on CUDA.")] = 0.0,
     threads_per_rank: Annotated[

@@ -54,14 +54,25 @@ class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+def _absolute(path: Path) -> Path:
+    return path.expanduser().absolute()
+
+
+AbsolutePath = Annotated[Path, AfterValidator(_absolute)]
+"""What a user writes is relative to where they are; a rank's working directory is elsewhere."""
+
+
 class PlacementConfig(_Strict):
     """``replicas`` copies of one mesh of ranks."""
 
     replicas: int = Field(1, ge=1)
     tensor_parallel_size: int = Field(1, ge=1)
     pipeline_parallel_size: int = Field(1, ge=1)
-    data_parallel_size: int = Field(1, ge=1)
-    enable_expert_parallel: bool = False
+    data_parallel_size: int = Field(1, ge=1)  # attention groups of an expert-parallel replica; else more replicas
+    enable_expert_parallel: bool = False  # experts over the data- and tensor-parallel ranks of each stage
+    num_redundant_experts: int = Field(0, ge=0)  # copies of busy experts, per sparse layer; needs expert_load
+    expert_load: AbsolutePath | None = None  # a file of observed loads, by which experts are placed
+    record_expert_load: AbsolutePath | None = None  # write such a file, on the node of the first replica
     memory: Size | None = None  # bytes per rank; None: a share of the machine (CPU) or of the device (GPU)
     num_blocks: int | None = Field(None, ge=1)  # per attention group, instead of a memory budget
     cpus_per_rank: float = Field(1.0, gt=0)  # what a rank asks of Ray's scheduler
@@ -69,24 +80,30 @@ class PlacementConfig(_Strict):
     threads_per_rank: int | None = Field(None, ge=1)  # None: the host's cores over the ranks on it
 
     @model_validator(mode="after")
-    def _refuse_what_is_not_built(self) -> PlacementConfig:
-        if self.pipeline_parallel_size > 1:
-            raise ValueError("pipeline_parallel_size above 1 is not built yet; use tensor_parallel_size")
-        if self.enable_expert_parallel:
-            raise ValueError("enable_expert_parallel is not built yet; leave it off")
+    def _refuse_what_contradicts(self) -> PlacementConfig:
+        for field in ("num_redundant_experts", "expert_load", "record_expert_load"):
+            if getattr(self, field) and not self.enable_expert_parallel:
+                raise ValueError(f"{field} needs enable_expert_parallel: without it every rank holds all experts")
+        if self.num_redundant_experts and self.expert_load is None:
+            raise ValueError(
+                "num_redundant_experts needs expert_load, the file that says which experts are busy; record one with "
+                "record_expert_load"
+            )
         if self.memory is not None and self.num_blocks is not None:
             raise ValueError("memory and num_blocks exclude each other; num_blocks states the KV cache directly")
         return self
 
     @property
     def mesh(self) -> Mesh:
-        """Ranks of one replica. A dense model's data parallelism is replicas."""
-        return Mesh(tp=self.tensor_parallel_size, pp=self.pipeline_parallel_size)
+        """Ranks of one replica. Data parallelism without expert parallelism is replicas."""
+        expert_parallel = self.enable_expert_parallel
+        dp = self.data_parallel_size if expert_parallel else 1
+        return Mesh(self.tensor_parallel_size, self.pipeline_parallel_size, dp, expert_parallel)
 
     @property
     def num_replicas(self) -> int:
-        """Replicas, dense data parallelism included."""
-        return self.replicas * self.data_parallel_size
+        """Replicas, data parallelism without expert parallelism included."""
+        return self.replicas * (1 if self.enable_expert_parallel else self.data_parallel_size)
 
     @property
     def name(self) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zlib
+from collections import deque
 
 import msgspec
 
@@ -81,17 +82,42 @@ class FakeGroup:
         return self.blocks[seq_id][position // self.block_size], position % self.block_size
 
 
-class FakeExecutor:
-    """Runs steps when they are collected, at most ``per_collect`` at a time, over the real wire format."""
+class FakeStage:
+    """One pipeline stage of every group: its own KV, and a queue of steps that it computes in order."""
 
-    def __init__(self, block_size: int, num_groups: int = 1, per_collect: int = 1) -> None:
+    def __init__(self, block_size: int, num_groups: int) -> None:
         self.groups = [FakeGroup(block_size) for _ in range(num_groups)]
+        self.queue: deque[bytes] = deque()
+
+    def compute(self) -> StepOutput:
+        step = msgspec.msgpack.decode(self.queue.popleft(), type=StepInput)
+        groups = [group.execute(batch) for group, batch in zip(self.groups, step.groups, strict=True)]
+        return StepOutput(step.step_id, groups)
+
+
+class FakeExecutor:
+    """Runs steps when they are collected, at most ``per_collect`` at a time, over the real wire format.
+
+    In a pipeline a step moves on by one stage, at most, each time that outputs are collected.
+    """
+
+    def __init__(self, block_size: int, num_groups: int = 1, per_collect: int = 1, num_stages: int = 1) -> None:
+        self.stages = [FakeStage(block_size, num_groups) for _ in range(num_stages)]
+        self.num_groups = num_groups
         self.per_collect = per_collect
-        self.submitted: list[bytes] = []
+        self.submitted = self.stages[0].queue
         self.steps: list[StepInput] = []
+        self.in_flight: deque[set[int]] = deque()  # the sequences of each step that has not come out yet
         self.closed = False
 
     def submit(self, step: StepInput) -> None:
+        assert len(step.groups) == self.num_groups
+        assert step.others_in_flight == bool(self.in_flight)
+        sequences = {seq_id for batch in step.groups for seq_id in batch.seq_ids}
+        if len(self.stages) > 1:
+            assert not any(sequences & others for others in self.in_flight), "a sequence is in two steps in flight"
+            assert not any(PLACEHOLDER_TOKEN in batch.last_token_ids for batch in step.groups)
+        self.in_flight.append(sequences)
         self.submitted.append(msgspec.msgpack.encode(step))
         self.steps.append(step)
 
@@ -99,12 +125,15 @@ class FakeExecutor:
         return
 
     def collect(self) -> list[StepOutput]:
-        ready, self.submitted = self.submitted[: self.per_collect], self.submitted[self.per_collect :]
-        outputs = []
-        for message in ready:
-            step = msgspec.msgpack.decode(message, type=StepInput)
-            groups = [group.execute(batch) for group, batch in zip(self.groups, step.groups, strict=True)]
-            outputs.append(StepOutput(step.step_id, groups))
+        outputs: list[StepOutput] = []
+        for stage, following in zip(reversed(self.stages), [None, *reversed(self.stages[1:])], strict=True):
+            for message in list(stage.queue)[: self.per_collect]:
+                output = stage.compute()
+                if following is None:
+                    self.in_flight.popleft()
+                    outputs.append(output)
+                else:
+                    following.queue.append(message)
         return outputs
 
     def take_timings(self) -> list[list[RankTimings]]:

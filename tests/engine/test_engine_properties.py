@@ -33,7 +33,8 @@ class EngineLife(RuleBasedStateMachine):
         max_num_seqs=st.integers(1, 6),
         steps_in_flight=st.integers(1, 3),
         schedule_ahead=st.booleans(),
-        num_groups=st.integers(1, 2),
+        num_stages=st.integers(1, 3),
+        num_groups=st.integers(1, 3),
         caching=st.booleans(),
     )
     def start(
@@ -44,6 +45,7 @@ class EngineLife(RuleBasedStateMachine):
         max_num_seqs: int,
         steps_in_flight: int,
         schedule_ahead: bool,
+        num_stages: int,
         num_groups: int,
         caching: bool,
     ) -> None:
@@ -54,12 +56,12 @@ class EngineLife(RuleBasedStateMachine):
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=budget,
             max_steps_in_flight=steps_in_flight,
-            schedule_ahead=schedule_ahead,
+            schedule_ahead=schedule_ahead and num_stages == 1,
             num_groups=num_groups,
             enable_prefix_caching=caching,
         )
         self.now = 0.0
-        self.executor = FakeExecutor(block_size, num_groups)
+        self.executor = FakeExecutor(block_size, num_groups, num_stages=num_stages)
         self.core = EngineCore(config, self.executor, lambda: self.now)
         self.requests: list[Request] = []
         self.ends: Counter[int] = Counter()

@@ -12,8 +12,6 @@ from ridgewalk.metrics.engine_metrics import EngineMetrics
 from ridgewalk.metrics.exposition import merge
 from ridgewalk.metrics.snapshot import decode
 from ridgewalk.metrics.utilization import HardwarePeaks
-from ridgewalk.placement.memory import MemoryPlan, plan_memory
-from ridgewalk.placement.mesh import Mesh
 from ridgewalk.placement.model_spec import ModelSpec
 from ridgewalk.replica.engine_config import EngineConfig
 
@@ -56,23 +54,20 @@ def make_config(tp: int = 1, **fields: object) -> EngineConfig:
     return EngineConfig(**(plain | fields))  # type: ignore[arg-type]
 
 
-def make_plan(spec: ModelSpec, tp: int = 1) -> MemoryPlan:
-    """Room for everything."""
-    return plan_memory(spec, Mesh(tp=tp), "float32", 2**24, 16, 64, 4, 64)
-
-
 def make_metrics(
     replica: str = "0", tp: int = 1, clock: Clock | None = None, peaks: HardwarePeaks | None = None, **fields: object
 ) -> EngineMetrics:
     """The recorder of one replica of the model of `make_spec`."""
     spec = make_spec()
-    config = make_config(tp, **fields)
-    return EngineMetrics(config, replica, spec, make_plan(spec, tp), peaks or HardwarePeaks(), clock or Clock())
+    return EngineMetrics(make_config(tp, **fields), replica, spec, peaks or HardwarePeaks(), clock or Clock())
 
 
-def make_timings(rank: int, *collectives: tuple[str, float], step: float = 0.01, **phases: float) -> RankTimings:
-    """What one rank measured."""
-    return RankTimings(0, rank, step, phases, [CollectiveTiming(op, seconds, 8) for op, seconds in collectives])
+def make_timings(
+    rank: int, *collectives: tuple[str, float], step: float = 0.01, group: str = "tp", **phases: float
+) -> RankTimings:
+    """What one rank measured, all in one group."""
+    calls = [CollectiveTiming(op, seconds, 8, group) for op, seconds in collectives]
+    return RankTimings(0, rank, step, phases, calls)
 
 
 def samples(text: bytes) -> dict[tuple[str, frozenset[tuple[str, str]]], float]:

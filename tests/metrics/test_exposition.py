@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.parser import text_string_to_metric_families
 
+from ridgewalk.engine.step import RankTimings
 from ridgewalk.metrics import catalogue
 from ridgewalk.metrics.exposition import merge
 from ridgewalk.metrics.ingress_metrics import IngressMetrics
@@ -38,6 +39,7 @@ def full_service(num_replicas: int = 3, tp: int = 2) -> list[Snapshot]:
             ]
         )
         answers.append(metrics.snapshot())
+    answers.append(sparse_replica())
     for index in range(2):
         ingress = IngressMetrics(str(index), ["m"])
         ingress.on_first_token("m", 0.1 + index / 3)
@@ -45,6 +47,13 @@ def full_service(num_replicas: int = 3, tp: int = 2) -> list[Snapshot]:
         ingress.on_error("m", 429)
         answers.append(ingress.snapshot())
     return [decode(answer) for answer in answers]
+
+
+def sparse_replica() -> bytes:
+    """Two stages of two ranks that share experts."""
+    metrics = make_metrics(pp=2, dp=2, expert_parallel=True, placement="DP2xPP2xEP2")
+    metrics.on_timings([RankTimings(0, rank, 0.01, {}, [], 0.1, [[rank + 1]], 2, 64) for rank in range(4)])
+    return metrics.snapshot()
 
 
 def counter_snapshot(value: float, **labels: str) -> Snapshot:

@@ -8,7 +8,7 @@ from ridgewalk.engine.stats import GroupStats
 from ridgewalk.metrics.model_gauges import capacity_trap, stranded_ratio
 from ridgewalk.metrics.replica_state import weight_bytes
 from ridgewalk.metrics.snapshot import GroupState, ReplicaState
-from tests.metrics.builders import Clock, make_config, make_metrics, make_plan, make_spec, make_stats, scrape, value
+from tests.metrics.builders import Clock, make_config, make_metrics, make_spec, make_stats, scrape, value
 
 
 def replica(available: int, starved: float | None = None, head: int = 0, seat: bool = True) -> ReplicaState:
@@ -67,7 +67,7 @@ def test_starving_between_two_reports_is_noticed(field: str) -> None:
 def test_tensor_parallel_ranks_replicate_norms_alone() -> None:
     """tp=2, 2 KV heads: everything is split but the 5 norms of 8 floats."""
     spec = make_spec()
-    held, unique = weight_bytes(make_config(2), spec, make_plan(spec, 2))
+    held, unique = weight_bytes(make_config(2), spec)
     assert unique == spec.num_parameters * 4
     assert held - unique == 5 * 8 * 4
 
@@ -75,7 +75,7 @@ def test_tensor_parallel_ranks_replicate_norms_alone() -> None:
 def test_repeated_kv_heads_are_copies_and_vocabulary_padding_is_not() -> None:
     """tp=4: norms three times more, and each of 2 KV heads (k and v, 2 layers, 8 x 2 floats) once more."""
     spec = make_spec(vocab_size=63)
-    held, unique = weight_bytes(make_config(4), spec, make_plan(spec, 4))
+    held, unique = weight_bytes(make_config(4), spec)
     assert held - unique == (3 * 5 * 8 + 2 * 2 * 2 * 8 * 2) * 4
 
 

@@ -1,4 +1,4 @@
-"""Runs a function as the ranks of a group, in real processes."""
+"""Runs a function as the ranks of a replica, in real processes or in threads."""
 
 from __future__ import annotations
 
@@ -8,35 +8,41 @@ import queue
 import threading
 import traceback
 from collections.abc import Callable
+from ctypes import CDLL
+from pathlib import Path
 
 import torch
 
 from ridgewalk.kernels.build import load_library
-from ridgewalk.parallel.communicator import Communicator
-from ridgewalk.parallel.process_groups import make_process_groups
+from ridgewalk.parallel.process_groups import ProcessGroups, make_process_groups
 from ridgewalk.placement.mesh import Mesh
 
+Work = Callable[[ProcessGroups, int], object]
+"""Takes a rank's groups and its flat rank."""
 
-def _rank(work: Callable, rank: int, size: int, init: str, shared: bool, results) -> None:
+
+def _rank(work: Work, rank: int, mesh: Mesh, init: str, shared: bool, results) -> None:
     torch.set_num_threads(1)
-    _work(work, rank, size, init, load_library() if shared else None, results)
+    _work(work, rank, mesh, init, load_library() if shared else None, 20.0, results)
 
 
-def _work(work: Callable, rank: int, size: int, init: str, library, results) -> None:
+def _work(work: Work, rank: int, mesh: Mesh, init: str, library: CDLL | None, timeout_s: float, results) -> None:
     try:
-        groups = make_process_groups(Mesh(tp=size), rank, init, torch.device("cpu"), library, timeout_s=20.0)
-        results.put((rank, work(groups.tp)))
+        groups = make_process_groups(mesh, rank, init, torch.device("cpu"), library, timeout_s)
+        results.put((rank, work(groups, rank)))
         groups.close()
     except Exception as error:
         results.put((rank, f"{type(error).__name__}: {error}\n{traceback.format_exc(limit=3)}"))
 
 
-def run_threads(work: Callable[[Communicator], object], size: int, folder) -> dict[int, object]:
-    """As `run_ranks` over shared memory, but the ranks are threads of this process: quicker, and no less concurrent."""
-    results = queue.Queue()
+def run_threads(
+    work: Work, mesh: Mesh, folder: Path, shared: bool = True, timeout_s: float = 20.0
+) -> dict[int, object]:
+    """As `run_ranks`, but the ranks are threads of this process: quicker, and no less concurrent."""
+    results: queue.Queue = queue.Queue()
     init = f"file://{folder}/meet-{os.urandom(4).hex()}"
-    library = load_library()
-    threads = [threading.Thread(target=_work, args=(work, r, size, init, library, results)) for r in range(size)]
+    common = (mesh, init, load_library() if shared else None, timeout_s, results)
+    threads = [threading.Thread(target=_work, args=(work, rank, *common)) for rank in range(mesh.world_size)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -45,12 +51,15 @@ def run_threads(work: Callable[[Communicator], object], size: int, folder) -> di
     return dict(results.get() for _ in range(results.qsize()))
 
 
-def run_ranks(work: Callable[[Communicator], object], size: int, folder, shared: bool) -> dict[int, object]:
+def run_ranks(work: Work, mesh: Mesh, folder: Path, shared: bool) -> dict[int, object]:
     """Results of ``work`` by rank; a rank that dies has none, one that raises has the error's text."""
+    if shared:
+        load_library()  # compiles it, if need be, outside the time that ranks have
     context = multiprocessing.get_context("spawn")
     results = context.Queue()
     init = f"file://{folder}/meet-{os.urandom(4).hex()}"
-    processes = [context.Process(target=_rank, args=(work, rank, size, init, shared, results)) for rank in range(size)]
+    ranks = range(mesh.world_size)
+    processes = [context.Process(target=_rank, args=(work, rank, mesh, init, shared, results)) for rank in ranks]
     for process in processes:
         process.start()
     for process in processes:

@@ -7,49 +7,8 @@ import json
 import pytest
 
 from ridgewalk.placement.mesh import Mesh
-from ridgewalk.placement.model_spec import ModelSpec, UnsupportedModelError, validate_mesh
-
-QWEN3_0_6B = {
-    "architectures": ["Qwen3ForCausalLM"],
-    "hidden_act": "silu",
-    "hidden_size": 1024,
-    "intermediate_size": 3072,
-    "num_hidden_layers": 28,
-    "num_attention_heads": 16,
-    "num_key_value_heads": 8,
-    "head_dim": 128,
-    "vocab_size": 151936,
-    "max_position_embeddings": 40960,
-    "rms_norm_eps": 1e-6,
-    "rope_theta": 1000000,
-    "rope_scaling": None,
-    "tie_word_embeddings": True,
-    "torch_dtype": "bfloat16",
-    "use_sliding_window": False,
-    "sliding_window": None,
-    "eos_token_id": 151645,
-}
-LLAMA_31_8B = {
-    "architectures": ["LlamaForCausalLM"],
-    "hidden_size": 4096,
-    "intermediate_size": 14336,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "vocab_size": 128256,
-    "max_position_embeddings": 131072,
-    "rms_norm_eps": 1e-5,
-    "rope_theta": 500000.0,
-    "rope_scaling": {
-        "factor": 8.0,
-        "low_freq_factor": 1.0,
-        "high_freq_factor": 4.0,
-        "original_max_position_embeddings": 8192,
-        "rope_type": "llama3",
-    },
-    "torch_dtype": "bfloat16",
-    "eos_token_id": [128001, 128008, 128009],
-}
+from ridgewalk.placement.model_spec import ModelSpec, UnsupportedModelError
+from tests.placement.hub_configs import LLAMA_31_8B, QWEN3_0_6B
 
 
 def test_reads_qwen3():
@@ -98,6 +57,7 @@ def test_flops_grow_with_context():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"architectures": None, "model_type": None}, "`architectures` is missing"),
         ({"architectures": ["GPT2LMHeadModel"]}, r"GPT2LMHeadModel is not supported \(supported: Llama"),
         ({"architectures": ["MistralForCausalLM"], "sliding_window": 4096}, "sliding_window of this mistral config"),
         ({"use_sliding_window": True, "sliding_window": 4096}, "use_sliding_window"),
@@ -106,7 +66,9 @@ def test_flops_grow_with_context():
         ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
         ({"hidden_size": None}, "hidden_size must be a positive whole number"),
         ({"torch_dtype": "int8"}, "dtype 'int8'"),
-        ({"quantization_config": {"quant_method": "fp8"}}, "quantized"),
+        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "quantized with 'gptq' are not supported"),
+        ({"quantization_config": {"quant_method": "fp8"}}, "weight_block_size"),
+        ({"quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128], "fmt": "e5m2"}}, "e4m3"),
     ],
 )
 def test_refuses_what_is_not_built(changes, message):
@@ -128,25 +90,3 @@ def test_folder_adds_the_generation_configs_stop_tokens(tmp_path):
 def test_folder_without_config_is_an_error(tmp_path):
     with pytest.raises(UnsupportedModelError, match="no readable config"):
         ModelSpec.from_folder(tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("mesh", "message"),
-    [
-        (Mesh(tp=3), "3 does not divide the 16 attention heads"),
-        (Mesh(pp=2), "pp=2"),
-        (Mesh(dp=2), "run 2 replicas"),
-        (Mesh(expert_parallel=True), "no experts"),
-    ],
-)
-def test_mesh_that_does_not_fit_is_named(mesh, message):
-    with pytest.raises(UnsupportedModelError, match=message):
-        validate_mesh(ModelSpec.from_config(QWEN3_0_6B), mesh)
-
-
-def test_kv_heads_and_tp_must_divide_one_another():
-    spec = ModelSpec.from_config({**QWEN3_0_6B, "num_attention_heads": 12, "num_key_value_heads": 6})
-    with pytest.raises(UnsupportedModelError, match="6 KV heads do not divide"):
-        validate_mesh(spec, Mesh(tp=4))
-    validate_mesh(spec, Mesh(tp=3))
-    validate_mesh(spec, Mesh(tp=12))

@@ -59,9 +59,11 @@ def assert_greedy(model: torch.nn.Module, request: Request) -> None:
         assert token == best.indices[0] or (close and token == best.indices[1])
 
 
-@pytest.mark.parametrize(("tp", "ahead"), [(1, False), (2, False), (2, True), (4, False)])
+@pytest.mark.parametrize(
+    ("tp", "pp", "ahead"), [(1, 1, False), (2, 1, False), (2, 1, True), (4, 1, False), (1, 2, False), (2, 2, False)]
+)
 def test_32_interleaved_requests_equal_transformers(
-    reference: tuple[Path, torch.nn.Module], tp: int, ahead: bool
+    reference: tuple[Path, torch.nn.Module], tp: int, pp: int, ahead: bool
 ) -> None:
     """Budget and cache are so small that prompts are chunked, prefixes shared and requests preempted."""
     folder, model = reference
@@ -71,7 +73,7 @@ def test_32_interleaved_requests_equal_transformers(
         (shared if number % 3 else []) + [rng.randrange(131) for _ in range(rng.randint(1, 40))] for number in range(32)
     ]
     sampling = [SamplingParams(max_tokens=rng.randint(1, 24), temperature=0.0) for _ in prompts]
-    config = engine_config(folder, tp, max_steps_in_flight=2 if ahead else 1, schedule_ahead=ahead)
+    config = engine_config(folder, tp, pp=pp, schedule_ahead=ahead)
     with OfflineEngine(config, spawn=True) as engine:
         requests = engine.generate(prompts, sampling)
         counters = engine.core.scheduler.counters

@@ -162,7 +162,9 @@ def test_a_service_that_is_stopped_while_it_starts_leaves_nothing_behind(start: 
     [
         (["nonsense"], "neither a model of the zoo"),
         ([], "name either a MODEL or a configuration file"),
-        ([MODEL, "-pp", "2"], "--pipeline-parallel-size above 1 is not built yet"),
+        ([MODEL, "-pp", "200"], "--pipeline-parallel-size"),
+        ([MODEL, "-dp", "2", "--enable-expert-parallel"], "is dense"),
+        ([MODEL, "--num-redundant-experts", "2"], "--num-redundant-experts needs --enable-expert-parallel"),
         ([MODEL, "-tp", "3"], "--tensor-parallel-size"),
         ([MODEL, "--memory", "1MiB"], "raise --memory"),
         ([MODEL, "--max-model-len", "10000000"], "--max-model-len"),

@@ -73,9 +73,10 @@ class KVCacheManager:
     def publish_computed(self, request: Request, num_computed_tokens: int) -> None:
         """Make blocks findable that are full of known tokens, ``num_computed_tokens`` of which have their KV.
 
-        Called when the step that computes them is scheduled: steps run in order, and a step writes all its KV of a
-        layer before it reads any, so that whoever finds them, in this very step too, reads what was written. A block
-        whose last token is still being sampled is published by a later call.
+        Called when the step that computes them is scheduled. Whoever finds them, in this very step or in one scheduled
+        while it is in flight, reads what was written: a layer's KV is in one pipeline stage, every stage computes all
+        steps in the order of their ids and drops none, and a step writes all its KV of a layer before it reads any.
+        A block whose last token is still being sampled is published by a later call.
         """
         if not self.enable_prefix_caching:
             return

@@ -2,7 +2,8 @@
 
 There is no prefill phase and no decode phase: every request has tokens, some of them computed, and each step lets
 ``num_computed_tokens`` chase ``num_tokens`` within one token budget. Running requests come first, then waiting ones,
-and none of these in a step that had to preempt.
+and none of these in a step that had to preempt. With several steps in flight, and not scheduled ahead, steps are
+micro-batches of a pipeline: see `micro_batches`.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from dataclasses import dataclass, field
 
 from ridgewalk.engine.batch_builder import BatchBuilder
 from ridgewalk.engine.kv_cache_manager import KVCacheManager, PrefixHit
+from ridgewalk.engine.micro_batches import row_limit
 from ridgewalk.engine.request import FinishReason, Request, RequestStatus
 from ridgewalk.engine.scheduler_config import SchedulerConfig
 from ridgewalk.engine.step import NO_TOKEN, GroupBatch, GroupOutput, StepInput, StepOutput, TokenLogprobs
@@ -54,7 +56,7 @@ class SchedulerCounters:
     steps: int = 0
 
 
-@dataclass
+@dataclass(eq=False)
 class AttentionGroup:
     """Ranks that share one KV cache, and the requests whose KV is in it."""
 
@@ -62,17 +64,23 @@ class AttentionGroup:
     running: list[Request] = field(default_factory=list)  # in the order of admission
 
 
-@dataclass
+@dataclass(eq=False)
 class _Plan:
     """One group's share of the step being scheduled."""
 
     group: AttentionGroup
     budget: int
+    max_rows: int
     rows: list[tuple[Request, int]] = field(default_factory=list)  # request, tokens to compute
 
     def add(self, request: Request, num_tokens: int) -> None:
         self.rows.append((request, num_tokens))
         self.budget -= num_tokens
+
+    @property
+    def is_full(self) -> bool:
+        """True when no further sequence may join the step."""
+        return self.budget == 0 or len(self.rows) >= self.max_rows
 
 
 class Scheduler:
@@ -149,14 +157,16 @@ class Scheduler:
         """
         if len(self._in_flight) >= self.config.max_steps_in_flight:
             raise RuntimeError("schedule() called with max_steps_in_flight steps open")
-        plans = [_Plan(group, self.config.max_num_batched_tokens) for group in self.groups]
+        plans = [_Plan(group, self.config.max_num_batched_tokens, self._row_limit(group)) for group in self.groups]
         self.throttled = False
         preempted = [self._schedule_running(plan) for plan in plans]
-        if not any(preempted):
+        if self.waiting and not any(preempted):
+            self._raise_row_limits(plans)
             self._schedule_waiting(plans, now)
         if not any(plan.rows for plan in plans):
             return None
-        step = StepInput(self._next_step_id, [self._commit(index, plan) for index, plan in enumerate(plans)], measure)
+        batches = [self._commit(index, plan) for index, plan in enumerate(plans)]
+        step = StepInput(self._next_step_id, batches, measure, others_in_flight=bool(self._in_flight))
         rows = [
             [(request, samples) for (request, _), samples in zip(plan.rows, batch.samples, strict=True)]
             for plan, batch in zip(plans, step.groups, strict=True)
@@ -191,7 +201,7 @@ class Scheduler:
         candidates = [request for request in plan.group.running if self._can_run(request)]
         candidates.sort(key=lambda request: request.num_tokens_to_compute > 1)  # stable: admission order within each
         for request in candidates:
-            if request.status is not RequestStatus.RUNNING or plan.budget == 0:
+            if request.status is not RequestStatus.RUNNING or plan.is_full:
                 continue
             num_tokens = min(request.num_tokens_to_compute, plan.budget)
             while not plan.group.kv.grow(request, request.num_computed_tokens + num_tokens):
@@ -232,7 +242,7 @@ class Scheduler:
         while self.waiting:
             request = self.waiting[0]
             open_plans = [
-                plan for plan in plans if plan.budget > 0 and len(plan.group.running) < self.config.max_num_seqs
+                plan for plan in plans if not plan.is_full and len(plan.group.running) < self.config.max_num_seqs
             ]
             choice = self._choose_group(request, open_plans)
             if choice is None:
@@ -241,6 +251,43 @@ class Scheduler:
             plan, hit = choice
             self.waiting.popleft()
             self._admit(request, plan, hit, now)
+
+    def _row_limit(self, group: AttentionGroup, num_admissible: int = 0) -> int:
+        """Sequences of one group in the next step, with so many waiting ones that the group could admit."""
+        if not self.config.micro_batches:
+            return self.config.max_num_seqs
+        index = self.groups.index(group)
+        open_sizes = [
+            sum(request.status is not RequestStatus.ENDED for request, _ in groups[index])
+            for _, groups in self._in_flight
+        ]
+        return row_limit(len(group.running) + num_admissible, open_sizes, self.config.max_steps_in_flight)
+
+    def _raise_row_limits(self, plans: list[_Plan]) -> None:
+        if self.config.micro_batches:
+            for plan, num_admissible in zip(plans, self._count_admissible(plans), strict=True):
+                plan.max_rows = self._row_limit(plan.group, num_admissible)
+
+    def _count_admissible(self, plans: list[_Plan]) -> list[int]:
+        """Waiting requests that each group could admit now: the first exactly, the others as if nothing was cached."""
+        seats = [self.config.max_num_seqs - len(plan.group.running) for plan in plans]
+        counts = [0] * len(plans)
+        seated = [plan for plan, left in zip(plans, seats, strict=True) if left > 0]
+        choice = self._choose_group(self.waiting[0], seated)
+        if choice is None:
+            self.throttled = self.throttled or bool(seated)
+            return counts
+        available = [plan.group.kv.pool.num_available for plan in plans]
+        index, num_hits = plans.index(choice[0]), len(choice[1].blocks)
+        for request in self.waiting:
+            needed = plans[index].group.kv.blocks_for(request.num_tokens) - num_hits
+            if seats[index] == 0 or needed > available[index]:
+                break
+            counts[index] += 1
+            seats[index] -= 1
+            available[index] -= needed
+            index, num_hits = max(range(len(plans)), key=lambda at: (seats[at] > 0, available[at])), 0
+        return counts
 
     def _choose_group(self, request: Request, plans: list[_Plan]) -> tuple[_Plan, PrefixHit] | None:
         """The group that can hold the request with the longest cached prefix, then with most room."""

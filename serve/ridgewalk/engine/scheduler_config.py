@@ -23,6 +23,11 @@ class SchedulerConfig:
     num_groups: int = 1  # attention groups of the replica
     enable_prefix_caching: bool = True
 
+    @property
+    def micro_batches(self) -> bool:
+        """True when steps in flight share the sequences out: each is in one of them at most."""
+        return self.max_steps_in_flight > 1 and not self.schedule_ahead
+
     def __post_init__(self) -> None:
         for name in ("num_blocks", "block_size", "max_model_len", "max_num_seqs", "max_num_batched_tokens",
                      "max_steps_in_flight", "num_groups"):  # fmt: skip

@@ -51,6 +51,7 @@ class StepInput(msgspec.Struct, frozen=True, array_like=True):
     step_id: int
     groups: list[GroupBatch]
     measure: bool = False  # ranks time their collectives and phases in this step and report them
+    others_in_flight: bool = False  # other steps were open when this one was scheduled
 
     @property
     def num_tokens(self) -> int:
@@ -74,7 +75,7 @@ class GroupOutput(msgspec.Struct, frozen=True, array_like=True):
 
 
 class StepOutput(msgspec.Struct, frozen=True, array_like=True):
-    """The result of one step, sent by the first rank of the last pipeline stage of each group's mesh."""
+    """The result of one step: what every attention group sampled, each sent by its first rank of the last stage."""
 
     step_id: int
     groups: list[GroupOutput]
@@ -86,6 +87,7 @@ class CollectiveTiming(msgspec.Struct, frozen=True, array_like=True):
     op: str  # all_reduce | all_gather | gather | dispatch | combine | send | recv | broadcast
     seconds: float  # from entering the call to leaving it: waiting for peers included
     num_bytes: int  # payload of this rank
+    group: str = "tp"  # the process group it ran over: tp | ep | pp
 
 
 class RankTimings(msgspec.Struct, frozen=True, array_like=True):
@@ -96,3 +98,7 @@ class RankTimings(msgspec.Struct, frozen=True, array_like=True):
     seconds: float  # the whole step on this rank, from receiving its input to having its output
     phases: dict[str, float]  # seconds by phase: prepare, embed, attention, mlp, collective, head, sample ...
     collectives: list[CollectiveTiming]  # in the order of the calls, the same order on every rank of a group
+    bubble_seconds: float = 0.0  # waiting for the previous pipeline stage, since the last report of this rank
+    expert_tokens: list[list[int]] = []  # of this step: rows computed here, by sparse layer of the stage, by slot
+    routed_tokens: int = 0  # rows that left this rank in dispatch, since its last report
+    routed_bytes: int = 0  # and their bytes

@@ -1,1 +1,1 @@
-"""Attention backends."""
+"""Kernels of the decoder layers: the torch reference, C++ for the CPU, FlashAttention on CUDA."""

@@ -7,45 +7,42 @@ import weakref
 
 import torch
 
+from ridgewalk.kernels.cpu_calls import DTYPE_CODES, FLOAT, INT, INT64, LANES, POINTER, declare
+from ridgewalk.kernels.cpu_experts import CpuExpertKernels
+from ridgewalk.kernels.cpu_latent import CpuLatentKernels
 from ridgewalk.kernels.kernel_set import DrawRules, HeadLayout, Matrix
 from ridgewalk.kernels.torch_kernels import TorchKernels
 
-DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-"""Codes of dtypes in calls to the C++ kernels."""
 
-LANES = 16
-"""Width of a vector in the C++ kernels: attention wants head sizes that are a multiple of it."""
-
-_pointer, _int, _int64, _float = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_float
-
-
-class CpuKernels:
+class CpuKernels(CpuExpertKernels, CpuLatentKernels):
     """Kernels for CPU tensors. All tensors must be contiguous, but for rows of ``block_table``."""
 
     name = "cpu"
 
     def __init__(self, library: ctypes.CDLL, num_threads: int) -> None:
         self._reference = TorchKernels()
-        library.rw_pool_create.restype = _pointer
+        library.rw_pool_create.restype = POINTER
         self._pool = library.rw_pool_create(num_threads)
-        weakref.finalize(self, library.rw_pool_destroy, _pointer(self._pool))
+        CpuExpertKernels.__init__(self, library, self._pool)
+        CpuLatentKernels.__init__(self, library, self._pool)
+        weakref.finalize(self, library.rw_pool_destroy, POINTER(self._pool))
         self._packed_size = library.rw_packed_size
-        self._packed_size.argtypes, self._packed_size.restype = [_int64, _int64, _int], _int64
-        rows = [_int64] * 2 + [_int, _pointer]  # rows, width, dtype, pool
-        attention = [_pointer] * 7 + [_int64] * 2 + [_int] * 4 + [_float, _int, _pointer]
-        self._pack = _declare(library.rw_pack, [_pointer] * 2 + rows)
-        self._linear = _declare(library.rw_linear, [_pointer] * 4 + [_int64] + rows)
-        self._unpack_rows = _declare(library.rw_unpack_rows, [_pointer] * 3 + rows)
-        self._rms_norm = _declare(library.rw_rms_norm, [_pointer] * 4 + [_float, _int64, _int, _int, _pointer])
-        self._silu_and_mul = _declare(library.rw_silu_and_mul, [_pointer] * 2 + [_int64, _int, _int, _pointer])
-        self._arg_max = _declare(library.rw_arg_max, [_pointer] * 3 + rows)
-        self._draw = _declare(library.rw_draw, [_pointer] * 7 + [_int64] * 3 + [_int, _pointer])
-        self._rotate_and_cache = _declare(
+        self._packed_size.argtypes, self._packed_size.restype = [INT64, INT64, INT], INT64
+        rows = [INT64] * 2 + [INT, POINTER]  # rows, width, dtype, pool
+        attention = [POINTER] * 7 + [INT64] * 2 + [INT] * 4 + [FLOAT, INT, POINTER]
+        self._pack = declare(library.rw_pack, [POINTER] * 2 + rows)
+        self._linear = declare(library.rw_linear, [POINTER] * 4 + [INT64] + rows)
+        self._unpack_rows = declare(library.rw_unpack_rows, [POINTER] * 3 + rows)
+        self._rms_norm = declare(library.rw_rms_norm, [POINTER] * 4 + [FLOAT, INT64, INT, INT, POINTER])
+        self._silu_and_mul = declare(library.rw_silu_and_mul, [POINTER] * 2 + [INT64, INT, INT, POINTER])
+        self._arg_max = declare(library.rw_arg_max, [POINTER] * 3 + rows)
+        self._draw = declare(library.rw_draw, [POINTER] * 7 + [INT64] * 3 + [INT, POINTER])
+        self._rotate_and_cache = declare(
             library.rw_rotate_and_cache,
-            [_pointer] * 4 + [_float] + [_pointer] * 5 + [_int64] + [_int] * 4 + [_pointer],
+            [POINTER] * 4 + [FLOAT] + [POINTER] * 5 + [INT64] + [INT] * 4 + [POINTER],
         )
-        self._decode_attention = _declare(library.rw_decode_attention, attention)
-        self._prefill_attention = _declare(library.rw_prefill_attention, attention)
+        self._decode_attention = declare(library.rw_decode_attention, attention)
+        self._prefill_attention = declare(library.rw_prefill_attention, attention)
 
     def needs_torch_threads(self, dtype: torch.dtype) -> bool:
         """See `KernelSet.needs_torch_threads`."""
@@ -250,9 +247,3 @@ class CpuKernels:
             self._pool,
         )
         return values, indices
-
-
-def _declare(function, arguments: list):
-    function.argtypes = arguments
-    function.restype = None
-    return function

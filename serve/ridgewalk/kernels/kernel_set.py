@@ -1,4 +1,4 @@
-"""The operations of a decoder layer that are more than a matrix product, behind one interface."""
+"""The operations of decoder layers, behind one interface."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
+
+from ridgewalk.kernels.expert_kernels import ExpertKernels
+from ridgewalk.kernels.latent_kernels import LatentKernels
 
 
 @dataclass(frozen=True)
@@ -53,7 +56,7 @@ class DrawRules:
         return DrawRules(*(field[indices].to(device) for field in fields))
 
 
-class KernelSet(Protocol):
+class KernelSet(ExpertKernels, LatentKernels, Protocol):
     """Kernels of one device. ``T`` is the tokens of the step, over all its sequences, one after the other."""
 
     name: str

@@ -6,10 +6,13 @@ import torch
 import torch.nn.functional as F
 
 from ridgewalk.kernels.kernel_set import DrawRules, HeadLayout, Matrix
+from ridgewalk.kernels.paged import pages
 from ridgewalk.kernels.torch_draw import draw_tokens
+from ridgewalk.kernels.torch_experts import TorchExpertKernels
+from ridgewalk.kernels.torch_latent import TorchLatentKernels
 
 
-class TorchKernels:
+class TorchKernels(TorchExpertKernels, TorchLatentKernels):
     """`KernelSet` for any device."""
 
     name = "torch"
@@ -99,8 +102,8 @@ class TorchKernels:
         for row, (start, stop, length) in enumerate(zip(starts, starts[1:], used, strict=False)):
             if stop == start:
                 continue
-            keys = _pages(key_cache, block_table[row], length)
-            values = _pages(value_cache, block_table[row], length)
+            keys = pages(key_cache, block_table[row], length)
+            values = pages(value_cache, block_table[row], length)
             position = torch.arange(length - (stop - start), length, device=query.device)
             visible = torch.arange(length, device=query.device) <= position[:, None]
             attended = F.scaled_dot_product_attention(
@@ -118,11 +121,6 @@ class TorchKernels:
 def _rotate(heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     first, second = heads.float().chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(heads.dtype)
-
-
-def _pages(cache: torch.Tensor, table: torch.Tensor, length: int) -> torch.Tensor:
-    block_size = cache.shape[1]
-    return cache[table[: -(-length // block_size)].long()].flatten(0, 1)[:length]
 
 
 def _decode(

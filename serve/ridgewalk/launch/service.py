@@ -20,6 +20,7 @@ from ridgewalk.launch.deployment import ServiceError, deploy, end_replies, start
 from ridgewalk.launch.haproxy import SERVE_HOST
 from ridgewalk.launch.stopping import Stopped, StopSignals, wait_for_stop
 from ridgewalk.load.scrape import Scrape
+from ridgewalk.replica.engine_config import describe_expert_balance, describe_mesh
 
 if TYPE_CHECKING:
     from ridgewalk.app import PlannedModel
@@ -191,10 +192,11 @@ def _print_plan(models: list[PlannedModel], console: Console) -> None:
             cache = "KV sized by the ranks"
             if plan is not None:
                 cache = f"{plan.weight_bytes / 2**20:.0f} MiB of weights per rank, KV for {plan.kv_tokens:,} tokens"
-            ranks = placement.replicas * engine.world_size
+            copies = f"{placement.replicas} replicas of " if placement.replicas > 1 else ""
+            per = "attention group" if engine.dp > 1 else "replica"
             console.print(
-                f"[bold]{model.name}[/]  {engine.placement} ({ranks} rank{'s' if ranks > 1 else ''}), {engine.dtype}, "
-                f"{cache} per replica, context {model.max_model_len:,}",
+                f"[bold]{model.name}[/]  {engine.placement} ({copies}{describe_mesh(engine)}), {engine.dtype}, "
+                f"{cache} per {per}, context {model.max_model_len:,}{describe_expert_balance(engine)}",
                 highlight=False,
             )
 
@@ -236,5 +238,5 @@ def _check_gpus(config: ServeConfig) -> None:
         found = NvidiaGPUAcceleratorManager.get_current_node_num_accelerators()
         if found < wanted:
             raise ConfigError(
-                f"the service needs {wanted:g} GPUs but this machine has {found}; lower -tp or --replicas"
+                f"the service needs {wanted:g} GPUs but this machine has {found}; lower -tp, -pp, -dp or --replicas"
             )

@@ -17,14 +17,16 @@ LABELS: Mapping[str, str] = {
     "replica": "Ray Serve's rank of the engine replica: 0, 1, ...; a restarted replica has the rank again.",
     "ingress": "Ray Serve's rank of the ingress replica.",
     "rank": "Rank within the replica's mesh: 0 .. world_size - 1.",
-    "group": "Attention group within the replica: 0 .. dp - 1.",
+    "group": "kv_blocks: attention group within the replica, 0 .. dp - 1; collective: tp | ep | pp, who took part.",
     "state": "used | cached (evictable) | free.",
     "finished_reason": "stop | length | abort | error.",
     "status": "HTTP status of the error; 499: the client left first.",
     "endpoint": "completions | chat_completions | other.",
     "reason": "Why the router chose the replica (`routing.RoutingReason`).",
     "op": "all_reduce | all_gather | gather | broadcast | dispatch | combine | send | recv.",
-    "phase": "collective: wait | transfer; step: prepare, embed, attention, mlp, collective, head, sample, other.",
+    "phase": "collective: wait | transfer; step: prepare, embed, attention, mlp, router, experts, collective, bubble, "
+    "head, sample, other.",
+    "scope": "worst: of the sparse layers | mean: over them.",
     "sampled": "true: over the measured steps only, one in 16.",
     "tensor_parallel_size": "Ranks that share each layer.",
     "pipeline_parallel_size": "Pipeline stages.",
@@ -154,9 +156,28 @@ KV_THROTTLED_SECONDS = _replica(
 
 COLLECTIVE_SECONDS = _replica(
     "collective_seconds", "histogram",
-    "Collectives of the sampled steps. transfer: the shortest duration over the ranks of one collective; wait: a "
-    "rank's own duration less that. By rank, wait + transfer is its time in collectives.",
-    "op", "phase", "rank", unit="seconds", buckets=COLLECTIVE_BUCKETS,
+    "Collectives, sends and receives of the sampled steps. transfer: the shortest duration over the ranks of one "
+    "collective; wait: a rank's own duration less that. By rank, wait + transfer is its time in collectives. Waiting "
+    "for a pipeline stage's input is not in it.",
+    "op", "phase", "group", "rank", unit="seconds", buckets=COLLECTIVE_BUCKETS,
+)  # fmt: skip
+PIPELINE_BUBBLE = _replica(
+    "pipeline_bubble_seconds_total", "counter",
+    "Time a rank waited for the stage before it, or of the first stage for a step while others were open; over all "
+    "steps, reported with the sampled ones.",
+    "rank", unit="seconds",
+)  # fmt: skip
+ROUTED_TOKENS = _replica(
+    "routed_tokens_total", "counter",
+    "Token copies that dispatch sent from a rank to experts on others; over all steps, reported with the sampled ones.",
+    "rank", unit="tokens",
+)  # fmt: skip
+ROUTED_BYTES = _replica("routed_bytes_total", "counter", "Their bytes.", "rank", unit="bytes")
+EXPERT_LOAD_IMBALANCE = _replica(
+    "expert_load_imbalance", "gauge",
+    "Rows that the busiest rank computed for its experts / mean over the ranks of its stage, over the last 64 sampled "
+    "steps together; 1 is even. Absent without expert parallelism.",
+    "scope",
 )  # fmt: skip
 STEP_SECONDS = _replica(
     "step_seconds", "summary",
@@ -171,8 +192,8 @@ MODEL_FLOPS_UTILIZATION = _replica(
 )  # fmt: skip
 MODEL_BANDWIDTH_UTILIZATION = _replica(
     "model_bandwidth_utilization", "gauge",
-    "Bytes of weights and KV cache that the steps of the last second had to read / peak. Absent unless the peak is "
-    "configured.",
+    "Bytes of weights and KV cache that the steps of the last second had to read / peak; of routed experts those that "
+    "even routing would have touched. Absent unless the peak is configured.",
     unit="ratio",
 )  # fmt: skip
 

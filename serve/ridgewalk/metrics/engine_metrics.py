@@ -12,6 +12,7 @@ from prometheus_client.registry import Collector, CollectorRegistry
 
 from ridgewalk.metrics import catalogue
 from ridgewalk.metrics.collectives import split_collectives
+from ridgewalk.metrics.expert_load import ExpertLoad
 from ridgewalk.metrics.families import CounterFamily, HistogramFamily, SummaryFamily, counters, gauges
 from ridgewalk.metrics.replica_state import ReplicaStateTracker
 from ridgewalk.metrics.snapshot import encode, take_snapshot
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
     from ridgewalk.engine.request import Request
     from ridgewalk.engine.stats import EngineStats
     from ridgewalk.engine.step import RankTimings
-    from ridgewalk.placement.memory import MemoryPlan
     from ridgewalk.placement.model_spec import ModelSpec
     from ridgewalk.replica.engine_config import EngineConfig
 
@@ -49,7 +49,6 @@ class EngineMetrics(Collector):
         config: EngineConfig,
         replica: str,
         spec: ModelSpec,
-        memory_plan: MemoryPlan,
         peaks: HardwarePeaks = HardwarePeaks(),  # noqa: B008 (frozen)
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -57,13 +56,17 @@ class EngineMetrics(Collector):
         self._constant = constant = (config.model_name, config.placement, replica)
         self._peaks = peaks
         self._clock = clock
-        self._lock = threading.Lock()  # of the three below
+        self._lock = threading.Lock()  # of the four below
         self._stats: EngineStats | None = None
-        self._utilization = Utilization(spec, memory_plan, config.world_size)
-        self._state = ReplicaStateTracker(config, replica, spec, memory_plan)
+        self._utilization = Utilization(spec, config.mesh, config.dtype, config.num_redundant_experts)
+        self._expert_load = ExpertLoad(config.mesh)
+        self._state = ReplicaStateTracker(config, replica, spec)
         self._queue_time = HistogramFamily(catalogue.REQUEST_QUEUE_TIME, constant)
         self._ended = CounterFamily(catalogue.SEQUENCES_ENDED, constant)
         self._collectives = HistogramFamily(catalogue.COLLECTIVE_SECONDS, constant)
+        self._bubbles = CounterFamily(catalogue.PIPELINE_BUBBLE, constant)
+        self._routed_tokens = CounterFamily(catalogue.ROUTED_TOKENS, constant)
+        self._routed_bytes = CounterFamily(catalogue.ROUTED_BYTES, constant)
         self._steps = SummaryFamily(catalogue.STEP_SECONDS, constant)
         self._queue_time.observe((), 0.0, times=0)
         for reason in catalogue.FINISH_REASONS:
@@ -84,8 +87,18 @@ class EngineMetrics(Collector):
 
     def on_timings(self, ranks: list[RankTimings]) -> None:
         """A measured step, one entry per rank."""
-        self._collectives.observe_all(split_collectives(ranks, self._config.tp).items())
+        mesh = self._config.mesh
+        self._collectives.observe_all(split_collectives(ranks, mesh).items())
         self._steps.observe_all(pair for timings in ranks for pair in _phases(timings))
+        for timings in ranks:
+            rank = (str(timings.rank),)
+            if mesh.pp > 1:
+                self._bubbles.add(rank, timings.bubble_seconds)
+            if mesh.expert_parallel:
+                self._routed_tokens.add(rank, timings.routed_tokens)
+                self._routed_bytes.add(rank, timings.routed_bytes)
+        with self._lock:
+            self._expert_load.on_timings(ranks)
 
     def on_stats(self, stats: EngineStats) -> None:
         """The engine's state now."""
@@ -109,6 +122,7 @@ class EngineMetrics(Collector):
             stats = self._stats
             flops = self._utilization.flops_utilization(self._peaks)
             bandwidth = self._utilization.bandwidth_utilization(self._peaks)
+            imbalance = self._expert_load.imbalance()
         if stats is not None:
             yield from self._collect_stats(stats)
         for spec, value in (
@@ -117,7 +131,13 @@ class EngineMetrics(Collector):
         ):
             if value is not None:
                 yield gauges(spec, [(self._constant, value)])
-        for family in (self._queue_time, self._ended, self._collectives, self._steps):
+        if imbalance is not None:
+            scopes = imbalance._asdict().items()
+            yield gauges(catalogue.EXPERT_LOAD_IMBALANCE, [((*self._constant, *each[:1]), each[1]) for each in scopes])
+        for family in (
+            self._queue_time, self._ended, self._collectives, self._bubbles, self._routed_tokens, self._routed_bytes,
+            self._steps,
+        ):  # fmt: skip
             yield family.collect()
         config = self._config
         mesh = (str(config.tp), str(config.pp), str(config.dp))

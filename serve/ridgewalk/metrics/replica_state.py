@@ -5,11 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ridgewalk.metrics.snapshot import GroupState, ReplicaState
-from ridgewalk.placement.model_spec import DTYPE_BYTES
+from ridgewalk.placement.mesh import Mesh
 
 if TYPE_CHECKING:
     from ridgewalk.engine.stats import EngineStats
-    from ridgewalk.placement.memory import MemoryPlan
     from ridgewalk.placement.model_spec import ModelSpec
     from ridgewalk.replica.engine_config import EngineConfig
 
@@ -17,10 +16,10 @@ if TYPE_CHECKING:
 class ReplicaStateTracker:
     """Fed with the engine's reports; remembers when work last lacked KV. Not thread-safe."""
 
-    def __init__(self, config: EngineConfig, replica: str, spec: ModelSpec, memory_plan: MemoryPlan) -> None:
+    def __init__(self, config: EngineConfig, replica: str, spec: ModelSpec) -> None:
         self._config = config
         self._replica = replica
-        self._held_bytes, self._unique_bytes = weight_bytes(config, spec, memory_plan)
+        self._held_bytes, self._unique_bytes = weight_bytes(config, spec)
         self._stats: EngineStats | None = None
         self._starved_at: float | None = None
 
@@ -61,12 +60,10 @@ class ReplicaStateTracker:
         )
 
 
-def weight_bytes(config: EngineConfig, spec: ModelSpec, memory_plan: MemoryPlan) -> tuple[int, int]:
-    """Bytes of weights that a replica's ranks hold (norms and repeated KV heads on each), and of the model itself.
+def weight_bytes(config: EngineConfig, spec: ModelSpec) -> tuple[int, int]:
+    """Bytes of weights that a replica's ranks hold together, and of the model itself.
 
-    Rows that pad the vocabulary to a multiple of tp are copies of nothing and do not count.
+    Norms, repeated KV heads, what attention groups share and redundant experts count as often as they are held.
     """
-    size = DTYPE_BYTES[config.dtype]
-    padded_rows = spec.vocab_size_per_rank(config.tp) * config.tp - spec.vocab_size
-    padding = padded_rows * spec.hidden_size * (1 if spec.tie_word_embeddings else 2) * size * config.dp
-    return memory_plan.weight_bytes * config.world_size - padding, spec.num_parameters * size
+    held = spec.weight_bytes_of_replica(config.mesh, config.dtype, config.num_redundant_experts)
+    return held, spec.weight_bytes_of_replica(Mesh(), config.dtype)

@@ -6,9 +6,12 @@ from collections import deque
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from ridgewalk.placement.parameters import expert_parameters
+from ridgewalk.placement.weights import DTYPE_BYTES
+
 if TYPE_CHECKING:
     from ridgewalk.engine.stats import EngineStats
-    from ridgewalk.placement.memory import MemoryPlan
+    from ridgewalk.placement.mesh import Mesh
     from ridgewalk.placement.model_spec import ModelSpec
 
 WINDOW_S = 1.0
@@ -32,7 +35,7 @@ class _Reading:
 
     time: float
     flops: float  # of the whole replica, recomputed tokens excluded
-    bytes_read: float  # of one rank: weights once a step, and the KV of everything running
+    bytes_read: float  # by the whole replica: weights once a step, and the KV of everything running
     throttled_seconds: float
     num_preemptions: int
 
@@ -41,13 +44,18 @@ class Utilization:
     """Fed with the engine's reports; a report says what happened since the one before.
 
     FLOPs follow `ModelSpec.flops_per_token` at the mean context of the running sequences at the time of the report,
-    bytes the KV that was filled then: exact for weights, an estimate for attention.
+    bytes the KV that was filled then: exact for dense weights, an estimate for attention and for routed experts.
     """
 
-    def __init__(self, spec: ModelSpec, memory_plan: MemoryPlan, world_size: int) -> None:
+    def __init__(self, spec: ModelSpec, mesh: Mesh, dtype: str, num_redundant_experts: int = 0) -> None:
         self._spec = spec
-        self._plan = memory_plan
-        self._world_size = world_size
+        self._world_size = mesh.world_size
+        self._weight_bytes = spec.weight_bytes_of_replica(mesh, dtype, num_redundant_experts)
+        self._expert_bytes = 0  # of the routed experts among them, copies included
+        if spec.moe:
+            copies = len(spec.moe.sparse_layers) * (spec.moe.num_experts + num_redundant_experts)
+            self._expert_bytes = copies * expert_parameters(spec) * DTYPE_BYTES[dtype]
+        self._kv_bytes_per_token = mesh.tp * sum(spec.kv_bytes_per_token_per_stage(mesh, dtype))
         self._last: EngineStats | None = None
         self._readings: deque[_Reading] = deque()
         self._highest_unthrottled = 0.0  # FLOPs per second; 0: not known
@@ -81,7 +89,7 @@ class Utilization:
 
     @property
     def bytes_per_second(self) -> float | None:
-        """Of one rank's memory; None before a whole window has passed."""
+        """Of the whole replica's memory; None before a whole window has passed."""
         seconds = self._seconds
         return None if seconds is None else (self._readings[-1].bytes_read - self._readings[0].bytes_read) / seconds
 
@@ -105,10 +113,10 @@ class Utilization:
         return self.flops_per_second / (peaks.flops_per_second * self._world_size)
 
     def bandwidth_utilization(self, peaks: HardwarePeaks) -> float | None:
-        """Share of the peak of one rank; None: not known."""
+        """Share of the peak of all ranks; None: not known."""
         if self.bytes_per_second is None or not peaks.bytes_per_second:
             return None
-        return self.bytes_per_second / peaks.bytes_per_second
+        return self.bytes_per_second / (peaks.bytes_per_second * self._world_size)
 
     @property
     def _seconds(self) -> float | None:
@@ -126,11 +134,19 @@ class Utilization:
         running = sum(group.num_running for group in stats.groups)
         tokens = useful_tokens(stats) - useful_tokens(last)
         flops = tokens * self._spec.flops_per_token(filled // running if running else 0)
-        kv_bytes = filled * self._plan.kv_bytes_per_block / stats.block_size
-        bytes_read = (stats.steps - last.steps) * (self._plan.weight_bytes + kv_bytes)
+        steps, computed = stats.steps - last.steps, stats.computed_tokens - last.computed_tokens
+        weight_bytes = self._weight_bytes_read(computed / steps) if steps else 0.0
+        bytes_read = steps * (weight_bytes + filled * self._kv_bytes_per_token)
         return _Reading(
             now, before.flops + flops, before.bytes_read + bytes_read, stats.throttled_seconds, stats.num_preemptions
         )
+
+    def _weight_bytes_read(self, tokens: float) -> float:
+        """Of a step of so many tokens. One that each choose ``top_k`` of E experts at random leaves an expert
+        untouched with the probability ``(1 - top_k / E) ** tokens``."""
+        moe = self._spec.moe
+        untouched = (1 - moe.top_k / moe.num_experts) ** tokens if moe else 0.0
+        return self._weight_bytes - untouched * self._expert_bytes
 
 
 def useful_tokens(stats: EngineStats) -> int:

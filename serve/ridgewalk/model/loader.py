@@ -2,112 +2,124 @@
 
 from __future__ import annotations
 
-import json
-from collections import defaultdict
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Iterable, Mapping
+from math import prod
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 
+from ridgewalk.model.block_scales import SCALE_SUFFIX, block_range, dequantize, scales_shape
+from ridgewalk.model.checkpoint import Checkpoint, CheckpointError, missing_tensor
 from ridgewalk.model.sharding import Parameter, TensorSlice
+from ridgewalk.model.tensor_rules import Precision, checkpoint_shapes
+from ridgewalk.placement.model_spec import ModelSpec
 
-INDEX_NAME = "model.safetensors.index.json"
-
-
-class CheckpointError(ValueError):
-    """The checkpoint does not hold what the config promises; the message names the tensor and both shapes."""
+FP8 = "F8_E4M3"
 
 
 def load_parameters(
     folder: str | Path,
+    spec: ModelSpec,
     plan: Mapping[str, Parameter],
     dtype: torch.dtype,
     device: torch.device,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, torch.Tensor]:
-    """Read the parameters of one rank.
+    """Read the parameters of one rank. Beside them, one slice at a time takes memory.
 
     Args:
         folder: holds ``model.safetensors`` or a ``model.safetensors.index.json`` with its files.
+        spec: the model, which says what a checkpoint holds for all ranks.
         plan: what to read, from `ridgewalk.model.sharding.shard_plan`.
-        dtype: of the parameters; the checkpoint's is converted.
+        dtype: the compute dtype; the checkpoint's is converted, FP8 weights are multiplied with their scales.
         device: of the parameters.
-        progress: called after each tensor with (elements read, elements in all).
+        progress: called after each slice with (bytes of parameters filled, bytes to be filled in all).
 
     Raises:
-        CheckpointError: no checkpoint, an unreadable file, a missing tensor, one of another shape, or one that the
-            model would not use (the config and the checkpoint then disagree).
+        CheckpointError: no checkpoint, an unreadable file, a missing tensor or scale, one of another shape, or one
+            that the model would not use (the config and the checkpoint then disagree).
     """
-    files = checkpoint_files(Path(folder))
-    _check_names(files, plan)
-    wanted: dict[Path, list[tuple[torch.Tensor, TensorSlice]]] = defaultdict(list)
-    parameters = {}
-    for name, parameter in plan.items():
-        covered = sum((s.stop - s.start) for s in parameter.slices)
-        whole = covered == parameter.shape[parameter.slices[0].dim]
-        make = torch.empty if whole else torch.zeros
-        parameters[name] = make(parameter.shape, dtype=dtype, device=device)
-        for piece in parameter.slices:
-            wanted[files[piece.tensor]].append((parameters[name], piece))
-    total, done = sum(p.numel() for p in parameters.values()), 0
-    for path, pieces in wanted.items():
-        try:
-            with safe_open(path, framework="pt") as checkpoint:
-                for target, piece in pieces:
-                    done += _copy(checkpoint, piece, target, path)
-                    if progress is not None:
-                        progress(done, total)
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{path} cannot be read: {error}") from error
+    with Checkpoint(folder) as checkpoint:
+        _check_names(checkpoint.files, spec)
+        parameters = {}
+        for name, parameter in plan.items():
+            kept = torch.float32 if parameter.precision is Precision.FLOAT32 else dtype
+            make = torch.empty if _is_covered(parameter) else torch.zeros
+            parameters[name] = make(parameter.shape, dtype=kept, device=device)
+        pieces = [(parameters[name], piece) for name, parameter in plan.items() for piece in parameter.slices]
+        pieces.sort(key=lambda item: checkpoint.files[item[1].tensor])
+        total = sum(_elements(piece) * target.element_size() for target, piece in pieces)
+        done = 0
+        for target, piece in pieces:
+            _copy(checkpoint, spec.fp8_block, piece, target)
+            done += _elements(piece) * target.element_size()
+            if progress is not None:
+                progress(done, total)
     return parameters
 
 
-def checkpoint_files(folder: Path) -> dict[str, Path]:
-    """The file of each tensor of a checkpoint.
-
-    Raises:
-        CheckpointError: there is none, or its index is damaged or names a missing file.
-    """
-    index = folder / INDEX_NAME
-    if index.exists():
-        try:
-            weight_map = json.loads(index.read_text())["weight_map"]
-        except (ValueError, KeyError) as error:
-            raise CheckpointError(f"{index} is damaged: {error!r}") from error
-        missing = sorted({name for name in weight_map.values() if not (folder / name).exists()})
-        if missing:
-            raise CheckpointError(f"{folder} lacks {missing[0]}, which its index names")
-        return {tensor: folder / name for tensor, name in weight_map.items()}
-    single = folder / "model.safetensors"
-    if not single.exists():
-        raise CheckpointError(f"{folder} has neither model.safetensors nor {INDEX_NAME}")
-    try:
-        with safe_open(single, framework="pt") as checkpoint:
-            return dict.fromkeys(checkpoint.keys(), single)
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{single} cannot be read: {error}") from error
-
-
-def _check_names(files: Mapping[str, Path], plan: Mapping[str, Parameter]) -> None:
-    shapes = {piece.tensor: piece.shape for parameter in plan.values() for piece in parameter.slices}
+def _check_names(files: Iterable[str], spec: ModelSpec) -> None:
+    found, shapes = set(files), checkpoint_shapes(spec)
     for tensor, shape in shapes.items():
-        if tensor not in files:
-            raise CheckpointError(f"the checkpoint has no tensor {tensor}; expected shape {list(shape)}")
-    # `lm_head` is stored beside tied embeddings by some writers, rotary frequencies by old ones.
-    unused = [name for name in files if name not in shapes and name != "lm_head.weight" and "rotary_emb" not in name]
+        if tensor not in found:
+            raise missing_tensor(tensor, shape)
+    unused = found - shapes.keys() - _ignored(found)
+    if spec.fp8_block:
+        unused -= {tensor + SCALE_SUFFIX for tensor, shape in shapes.items() if len(shape) == 2}
     if unused:
-        raise CheckpointError(f"the checkpoint has a tensor {unused[0]} that its config.json does not call for")
+        raise CheckpointError(f"the checkpoint has a tensor {min(unused)} that its config.json does not call for")
 
 
-def _copy(checkpoint, piece: TensorSlice, target: torch.Tensor, path: Path) -> int:
-    source = checkpoint.get_slice(piece.tensor)
-    found = tuple(source.get_shape())
-    if found != piece.shape:
-        raise CheckpointError(f"{piece.tensor} in {path.name} has shape {list(found)}, expected {list(piece.shape)}")
-    count = piece.stop - piece.start
-    if count == 0:
-        return 0
-    values = source[piece.start : piece.stop] if piece.dim == 0 else source[:, piece.start : piece.stop]
-    target.narrow(piece.dim, piece.offset if piece.dim == 0 else 0, count).copy_(values)
-    return values.numel()
+def _ignored(tensors: set[str]) -> set[str]:
+    """What checkpoints hold beside the model.
+
+    `lm_head` is stored beside tied embeddings by some writers, rotary frequencies by old ones, and DeepSeek-V3 appends
+    the layers that predict further tokens, which alone have an `eh_proj`.
+    """
+    layers = re.compile(r"model\.layers\.\d+\.")
+    further = {tensor.removesuffix("eh_proj.weight") for tensor in tensors if tensor.endswith(".eh_proj.weight")}
+
+    def ignored(tensor: str) -> bool:
+        layer = layers.match(tensor)
+        return tensor == "lm_head.weight" or "rotary_emb" in tensor or (layer is not None and layer[0] in further)
+
+    return {tensor for tensor in tensors if ignored(tensor)}
+
+
+def _is_covered(parameter: Parameter) -> bool:
+    return sum(map(_elements, parameter.slices)) == prod(parameter.shape)
+
+
+def _elements(piece: TensorSlice) -> int:
+    return (piece.stop - piece.start) * prod(piece.shape) // piece.shape[piece.dim]
+
+
+def _copy(checkpoint: Checkpoint, block: tuple[int, int] | None, piece: TensorSlice, target: torch.Tensor) -> None:
+    if piece.start == piece.stop:
+        return
+    ranges = [(0, size) for size in piece.shape]
+    ranges[piece.dim] = (piece.start, piece.stop)
+    values = checkpoint.read(piece.tensor, piece.shape, *ranges)
+    if checkpoint.dtype(piece.tensor) == FP8 or piece.tensor + SCALE_SUFFIX in checkpoint.files:
+        values = _scaled(checkpoint, block, piece, values, ranges)
+    if piece.slot is not None:
+        target = target[piece.slot]
+    target.narrow(piece.dim, piece.offset, piece.stop - piece.start).copy_(values)
+
+
+def _scaled(
+    checkpoint: Checkpoint,
+    block: tuple[int, int] | None,
+    piece: TensorSlice,
+    values: torch.Tensor,
+    ranges: list[tuple[int, int]],
+) -> torch.Tensor:
+    stored, name = checkpoint.dtype(piece.tensor), piece.tensor + SCALE_SUFFIX
+    if block is None:
+        raise CheckpointError(f"{piece.tensor} is stored as {stored}, but config.json names no weight_block_size")
+    if stored != FP8:
+        raise CheckpointError(f"{piece.tensor} is stored as {stored}, but has scales for FP8 in {name}")
+    rows, columns = (block_range(*run, size) for run, size in zip(ranges, block, strict=True))
+    scales = checkpoint.read(name, scales_shape(piece.shape, block), rows, columns)
+    return dequantize(values, scales.to(torch.float32), (ranges[0][0], ranges[1][0]), block)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,23 +18,25 @@ from ridgewalk.engine.step import (
     NewSequence,
     RankTimings,
     StepInput,
-    StepOutput,
     TokenLogprobs,
 )
 from ridgewalk.kernels.build import load_library
 from ridgewalk.kernels.kernel_set import KernelSet
 from ridgewalk.kernels.select import select_kernels
-from ridgewalk.model.batch import StepTensors, build_step
-from ridgewalk.model.decoder import Decoder, LayerCache, rank_heads
+from ridgewalk.model.attention import rank_heads
+from ridgewalk.model.batch import build_step
+from ridgewalk.model.decoder import Decoder
+from ridgewalk.model.kv_cache import LatentCache, LayerCache, make_cache
 from ridgewalk.model.loader import load_parameters
-from ridgewalk.model.penalties import TokenCounts, needs_counts
 from ridgewalk.model.phase_clock import PhaseClock
 from ridgewalk.model.runner_config import RunnerConfig
-from ridgewalk.model.sampler import SampleRow, is_plain_greedy, sample
 from ridgewalk.model.sequence_table import SequenceTable
+from ridgewalk.model.sharded_sampler import ShardedSampler
 from ridgewalk.model.sharding import shard_plan
 from ridgewalk.parallel.process_groups import ProcessGroups, make_process_groups
+from ridgewalk.placement.expert_map import ExpertMap, uniform_expert_map
 from ridgewalk.placement.model_spec import ModelSpec, validate_mesh
+from ridgewalk.placement.stages import stage_layers
 
 WARM_UP_TOKENS = 512
 """Longest prefill of a warm-up: longer ones meet nothing new."""
@@ -56,7 +59,7 @@ def create_runner(config: RunnerConfig) -> ModelRunner:
     library = load_library() if device.type == "cpu" else None
     groups = make_process_groups(config.mesh, config.rank, config.init_method, device, library, config.timeout_s)
     num_threads = config.num_threads or torch.get_num_threads()
-    dtype, heads = getattr(torch, config.dtype), rank_heads(spec, config.tp)
+    dtype, heads = getattr(torch, config.dtype), None if spec.mla is not None else rank_heads(spec, config.tp)
     kernels = select_kernels(device, library, num_threads, heads, dtype, config.block_size)
     torch.set_num_threads(num_threads if kernels.needs_torch_threads(dtype) else 1)
     return ModelRunner(config, spec, groups, kernels)
@@ -78,18 +81,28 @@ class ModelRunner:
         self._kernels = kernels
         self._device = torch.device(config.device)
         self._dtype = getattr(torch, config.dtype)
-        self._dp_rank, _, self._tp_rank = config.mesh.coordinates(config.rank)
-        self._clock = PhaseClock(groups.tp, self._device)
-        self._timings: RankTimings | None = None
+        self._group, self._stage, _ = config.mesh.coordinates(config.rank)
         self._decoder: Decoder | None = None
-        self._caches: list[LayerCache] = []
+        self._num_blocks = 0
+        self._caches: list[LayerCache | LatentCache] = []
         self._table = SequenceTable(config.max_num_seqs, config.max_model_len, config.block_size)
-        self._counts: dict[int, TokenCounts] = {}  # by row, of the sequences with penalties
+        last = groups.next is None
+        self._sampler = ShardedSampler(spec, kernels, groups.tp, self._table) if last else None
+        self._clock = PhaseClock(groups, self._device)
+        self._timings: RankTimings | None = None
+        self._ended = 0.0  # when the last step did
+        self._idle_seconds = 0.0  # of the first stage, see `_await_step`
+        self._reported = (0.0, 0, 0)  # bubble seconds, routed tokens and bytes, as of the last report
 
     @property
     def kernels_name(self) -> str:
         """Name of the kernels in use, for logs."""
         return self._kernels.name
+
+    @property
+    def cache_bytes(self) -> int:
+        """Memory of the KV cache."""
+        return sum(cache.num_bytes for cache in self._caches)
 
     @torch.inference_mode()
     def load(self, folder: str | Path | None = None, progress: Callable[[int, int], None] | None = None) -> None:
@@ -98,21 +111,20 @@ class ModelRunner:
         Raises:
             CheckpointError: the checkpoint does not match the config.
         """
-        plan = shard_plan(self.spec, self.config.tp, self._tp_rank)
-        parameters = load_parameters(folder or self.config.model, plan, self._dtype, self._device, progress)
-        self._decoder = Decoder(
-            self.spec, parameters, self._kernels, self._groups.tp, self.config.max_model_len, self._clock
-        )
+        config, expert_map = self.config, _expert_map(self.spec, self.config)
+        plan = shard_plan(self.spec, config.mesh, config.rank, expert_map)
+        parameters = load_parameters(folder or config.model, self.spec, plan, self._dtype, self._device, progress)
+        self._decoder = Decoder(self.spec, config, parameters, self._kernels, self._groups, expert_map, self._clock)
 
     @torch.inference_mode()
     def allocate(self, num_blocks: int) -> None:
-        """Make the KV cache; block ids are ``0 <= id < num_blocks``. A former cache is lost."""
+        """Make the stage's KV cache; block ids are ``0 <= id < num_blocks``. A former cache is lost."""
         self._caches = []
-        kv_heads = self.spec.num_kv_heads_per_rank(self.config.tp)
-        shape = (num_blocks, self.config.block_size, kv_heads, self.spec.head_dim)
-        for _ in range(self.spec.num_layers):
-            key, value = (torch.zeros(shape, dtype=self._dtype, device=self._device) for _ in range(2))
-            self._caches.append(LayerCache(key, value))
+        self._num_blocks = num_blocks
+        for _ in stage_layers(self.spec, self.config.pp)[self._stage]:
+            self._caches.append(
+                make_cache(self.spec, self.config.tp, num_blocks, self.config.block_size, self._dtype, self._device)
+            )
 
     def warm_up(self) -> None:
         """Run a prefill and a decode step so that kernels are compiled and memory is touched before requests come.
@@ -121,10 +133,9 @@ class ModelRunner:
         """
         if not self._caches:
             raise RuntimeError("allocate() comes before warm_up()")
-        num_blocks, block_size = self._caches[0].key.shape[:2]
-        longest = min(self.config.max_model_len, num_blocks * block_size) - 1
+        longest = min(self.config.max_model_len, self._num_blocks * self.config.block_size) - 1
         length = min(WARM_UP_TOKENS, self.config.max_num_batched_tokens, longest)
-        blocks = list(range(-(-(length + 1) // block_size)))
+        blocks = list(range(-(-(length + 1) // self.config.block_size)))
         new = NewSequence(-1, [0] * length, length, SamplingParams(max_tokens=2, temperature=0.0))
         prefill = GroupBatch([-1], [0], [length], [blocks], [NO_TOKEN], [True], [new], [])
         decode = GroupBatch([-1], [length], [1], [[]], [0], [True], [], [])
@@ -132,37 +143,31 @@ class ModelRunner:
             self.execute(StepInput(-1, [batch] * self.config.dp))
 
     @torch.inference_mode()
-    def execute(self, step: StepInput) -> StepOutput | None:
-        """Compute one step and sample.
+    def execute(self, step: StepInput) -> GroupOutput | None:
+        """Compute this rank's part of one step.
 
         Returns:
-            The sampled tokens, on the first tensor-parallel rank; None on the others.
+            What the attention group sampled, on its first rank of the last stage; None on the others.
 
         Raises:
             StepError: the step contradicts what this rank knows of its sequences.
             CommunicationError: a peer is gone.
         """
+        self._await_step(step)
         self._timings = None
         if step.measure:
-            self._groups.tp.start_timing()
+            self._groups.start_timing()
             self._clock.start()
-        batch = step.groups[self._dp_rank]
+        batch = step.groups[self._group]
         rows, dropped, created = self._table.apply(batch)
-        for row in dropped:
-            self._counts.pop(row, None)
-        if self._tp_rank == 0:
-            for row in created:
-                if needs_counts(self._table.sampling(row)):
-                    self._counts[row] = TokenCounts(self.spec.vocab_size)
-        output = GroupOutput([])
-        if batch.seq_ids:
-            tensors = build_step(self._table, rows, batch, self._device)
-            self._clock.mark("prepare")
-            output = self._compute(batch, rows, tensors)
+        if self._sampler is not None:
+            self._sampler.follow(dropped, created)
+        output = self._compute(batch, rows)
         if step.measure:
             self._clock.mark("sample")
-            self._finish_measuring(step.step_id)
-        return StepOutput(step.step_id, [output]) if self._tp_rank == 0 else None
+            self._timings = self._report(step.step_id)
+        self._ended = time.perf_counter()
+        return output if self._sampler is not None and self._groups.tp.rank == 0 else None
 
     def timings(self) -> RankTimings | None:
         """What the last step took, when it was measured."""
@@ -172,14 +177,16 @@ class ModelRunner:
         """Leave the process groups."""
         self._groups.close()
 
-    def _compute(self, batch: GroupBatch, rows: np.ndarray, tensors: StepTensors) -> GroupOutput:
+    def _compute(self, batch: GroupBatch, rows: np.ndarray) -> GroupOutput:
         assert self._decoder is not None, "load() comes before execute()"
+        tensors = build_step(self._table, rows, batch, self._device) if batch.seq_ids else None
+        self._clock.mark("prepare")
         logits = self._decoder.forward(tensors, self._caches)
-        if tensors.num_sampled == 0:
+        if logits is None or self._sampler is None:
             return GroupOutput([NO_TOKEN] * len(rows))
         samples = np.asarray(batch.samples, dtype=bool)
         sampled_rows = rows[samples]
-        tokens, logprobs = self._choose(logits, sampled_rows)
+        tokens, logprobs = self._sampler.choose(logits, sampled_rows)
         if self.config.tokens_broadcast:
             if tokens is None:
                 tokens = torch.empty(len(sampled_rows), dtype=torch.int64, device=self._device)
@@ -191,45 +198,46 @@ class ModelRunner:
         self._table.sampled[sampled_rows] = chosen[samples]
         return GroupOutput(chosen.tolist(), _spread(logprobs, samples))
 
-    def _choose(
-        self, logits: torch.Tensor, rows: np.ndarray
-    ) -> tuple[torch.Tensor | None, list[TokenLogprobs | None] | None]:
-        """Tokens on tensor-parallel rank 0; None on the others. ``logits`` is this rank's shard of the vocabulary."""
-        tp, table = self._groups.tp, self._table
-        params = [table.sampling(row) for row in rows]
-        if all(is_plain_greedy(p) for p in params):
-            if tp.size == 1:
-                return self._kernels.arg_max(logits)[1], None
-            return self._gather_arg_max(logits), None
-        if tp.size > 1:
-            gathered = tp.gather(logits)
-            if gathered is None:
-                return None, None
-            logits = gathered.transpose(0, 1).flatten(1)
-        details = []
-        for row, sampling in zip(rows.tolist(), params, strict=True):
-            position, num_prompt = int(table.num_tokens[row]), int(table.num_prompt_tokens[row])
-            counts = self._counts.get(row)
-            if counts is not None:
-                counts.update(table.token_ids[row, :position], num_prompt)
-            details.append(SampleRow(sampling, position, position - num_prompt, counts))
-        return sample(logits[:, : self.spec.vocab_size], details, self._kernels)
+    def _await_step(self, step: StepInput) -> None:
+        """Account for the time without a step.
 
-    def _gather_arg_max(self, logits: torch.Tensor) -> torch.Tensor | None:
-        """Arg max over the shards: two numbers a row travel instead of a row of logits."""
+        While others were open it is bubble too: the pipeline had work, but this end of it had none. Later stages see
+        theirs in `StageLink.bubble_seconds`. A GPU may still have been busy, so that its time here means nothing.
+        """
+        first = self._groups.previous is None and self._groups.next is not None
+        if first and step.others_in_flight and self._device.type == "cpu":
+            self._idle_seconds += time.perf_counter() - self._ended
+
+    def _report(self, step_id: int) -> RankTimings:
         assert self._decoder is not None
-        values, indices = self._kernels.arg_max(logits)
-        pairs = torch.stack((values.double(), (indices + self._decoder.vocab_start).double()))
-        gathered = self._groups.tp.gather(pairs)
-        if gathered is None:
-            return None
-        best = gathered[:, 0].argmax(dim=0, keepdim=True)  # of equals the first rank: the lowest token id
-        return gathered[:, 1].gather(0, best).squeeze(0).long()
-
-    def _finish_measuring(self, step_id: int) -> None:
-        collectives = [CollectiveTiming(*timed) for timed in self._groups.tp.stop_timing()]
+        collectives = [CollectiveTiming(*timed) for timed in self._groups.stop_timing()]
         seconds = self._clock.stop()
-        self._timings = RankTimings(step_id, self.config.rank, seconds, dict(self._clock.phases), collectives)
+        sparse, previous = self._decoder.sparse_layers, self._groups.previous
+        bubble = self._idle_seconds + (previous.bubble_seconds if previous is not None else 0.0)
+        routed = sum(layer.routed_tokens for layer in sparse), sum(layer.routed_bytes for layer in sparse)
+        before, self._reported = self._reported, (bubble, *routed)
+        return RankTimings(
+            step_id,
+            self.config.rank,
+            seconds,
+            dict(self._clock.phases),
+            collectives,
+            bubble - before[0],
+            [list(layer.expert_tokens) for layer in sparse],
+            routed[0] - before[1],
+            routed[1] - before[2],
+        )
+
+
+def _expert_map(spec: ModelSpec, config: RunnerConfig) -> ExpertMap | None:
+    """Which experts each expert-parallel rank holds; without expert parallelism every rank holds all, in part."""
+    if spec.moe is None:
+        return None
+    if not config.expert_parallel:
+        return uniform_expert_map(spec.moe, 1)
+    if config.expert_map is not None:
+        return ExpertMap.from_lists(config.expert_map)
+    return uniform_expert_map(spec.moe, config.dp * config.tp)
 
 
 def _spread(logprobs: list[TokenLogprobs | None] | None, samples: np.ndarray) -> list[TokenLogprobs | None] | None:

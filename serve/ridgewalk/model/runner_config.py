@@ -24,8 +24,9 @@ class RunnerConfig(msgspec.Struct, frozen=True):
     max_model_len: int = 4096
     num_threads: int = 0  # of a CPU rank; 0 leaves torch's default
     init_method: str = ""  # tcp://host:port or file:///path, where ranks meet; not read by a mesh of one rank
-    tokens_broadcast: bool = False  # the scheduler sends placeholders: every rank must learn the sampled tokens
+    tokens_broadcast: bool = False  # the scheduler sends placeholders: all tp ranks must learn the tokens (pp=1)
     timeout_s: float = 600.0  # a collective that waits longer for its peers raises
+    expert_map: list[list[list[int]]] | None = None  # `ExpertMap.layers`, of expert-parallel ranks; None: uniform
 
     @property
     def mesh(self) -> Mesh:

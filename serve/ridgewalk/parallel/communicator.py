@@ -2,29 +2,23 @@
 
 from __future__ import annotations
 
-import time
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import torch
 
+from ridgewalk.parallel.call_timer import CallTimer, num_bytes
+
 
 class CommunicationError(RuntimeError):
-    """A collective cannot complete: a peer died, the group was aborted, or the wait ran out. The group is unusable."""
-
-
-class TimedCollective(NamedTuple):
-    """One collective call on this rank."""
-
-    op: str  # all_reduce | all_gather | gather | broadcast
-    seconds: float  # from entering the call to leaving it: waiting for peers included
-    num_bytes: int  # payload of this rank
+    """A call cannot complete: a peer died, the group was aborted, or the wait ran out. The group is unusable."""
 
 
 class Collectives(Protocol):
     """What moves the data: torch.distributed between hosts and GPUs, shared memory between CPU ranks of one host.
 
-    All ranks of a group make the same calls in the same order with tensors of equal shape and dtype. Sums are formed
-    in FP32 where the payload is narrower, in an order that timing does not change, and are bit-identical on all ranks.
+    All ranks of a group make the same calls in the same order with tensors of equal shape and dtype (in an all-to-all:
+    of equal width and dtype). Sums are formed in FP32 where the payload is narrower, in an order that timing does not
+    change, and are bit-identical on all ranks.
     """
 
     def all_reduce(self, tensor: torch.Tensor) -> None:
@@ -39,29 +33,32 @@ class Collectives(Protocol):
     def broadcast(self, tensor: torch.Tensor, root: int) -> None:
         """Replace a contiguous tensor by the root's."""
 
+    def all_to_all(self, rows: torch.Tensor, counts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """As `Communicator.all_to_all`, of contiguous tensors."""
+
     def close(self) -> None:
         """Free the group; peers still inside a collective raise `CommunicationError`."""
 
 
 class Communicator:
-    """The collectives of one group. A group of one rank (``collectives`` None) moves nothing and times nothing."""
+    """The collectives of one group. A group of one rank (``collectives`` None) moves nothing and times nothing.
 
-    def __init__(self, rank: int, size: int, collectives: Collectives | None) -> None:
+    ``group`` is its name in timings; the timer is shared by the groups of a rank.
+    """
+
+    def __init__(
+        self,
+        rank: int,
+        size: int,
+        collectives: Collectives | None,
+        group: str = "tp",
+        timer: CallTimer | None = None,
+    ) -> None:
         self.rank = rank
         self.size = size
         self._collectives = collectives
-        self._timed: list[TimedCollective] | None = None
-        self.seconds = 0.0  # spent in collectives since `start_timing`
-
-    def start_timing(self) -> None:
-        """Time every call from here to `stop_timing`."""
-        self._timed = []
-        self.seconds = 0.0
-
-    def stop_timing(self) -> list[TimedCollective]:
-        """Stop timing; the calls timed, in their order."""
-        timed, self._timed = self._timed or [], None
-        return timed
+        self._group = group
+        self._timer = timer or CallTimer()
 
     def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
         """Sum a contiguous tensor over the group, in place; returns it."""
@@ -99,6 +96,31 @@ class Communicator:
             self._leave("broadcast", started, tensor)
         return tensor
 
+    def all_to_all(self, rows: torch.Tensor, counts: torch.Tensor, op: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """Send rows to the ranks they belong to.
+
+        Args:
+            rows: ``[N, W]`` of any dtype, sorted by destination; N may differ between ranks and be 0.
+            counts: ``[size]`` int64 on the CPU: ``counts[r]`` rows go to rank r, the first ones to rank 0.
+            op: its name in timings, ``dispatch`` or ``combine``.
+
+        Returns:
+            The rows that came, ``[M, W]``, ordered by source, and how many came from each rank, ``[size]`` int64 on
+            the CPU. A group of one returns its arguments.
+
+        Raises:
+            ValueError: the counts do not add up to N.
+        """
+        if self._collectives is None:
+            return rows, counts
+        rows = rows.contiguous()
+        started = self._enter(rows)
+        received = self._collectives.all_to_all(rows, counts)
+        if self._timer.running:
+            sent = rows.narrow(0, 0, len(rows) - int(counts[self.rank]))
+            self._leave(op, started, sent)
+        return received
+
     def barrier(self) -> None:
         """Return once every rank of the group has entered."""
         if self._collectives is not None:
@@ -110,17 +132,8 @@ class Communicator:
             self._collectives.close()
 
     def _enter(self, tensor: torch.Tensor) -> float:
-        if self._timed is None:
-            return 0.0
-        if tensor.is_cuda:
-            torch.cuda.synchronize(tensor.device)
-        return time.perf_counter()
+        return self._timer.now(tensor.device) if self._timer.running else 0.0
 
     def _leave(self, op: str, started: float, tensor: torch.Tensor) -> None:
-        if self._timed is None:
-            return
-        if tensor.is_cuda:
-            torch.cuda.synchronize(tensor.device)
-        seconds = time.perf_counter() - started
-        self._timed.append(TimedCollective(op, seconds, tensor.numel() * tensor.element_size()))
-        self.seconds += seconds
+        if self._timer.running:
+            self._timer.add(op, self._timer.now(tensor.device) - started, num_bytes(tensor), self._group)

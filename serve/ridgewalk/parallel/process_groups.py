@@ -3,31 +3,48 @@
 from __future__ import annotations
 
 import ctypes
-import json
-import os
-import socket
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
+from ridgewalk.parallel.call_timer import CallTimer, TimedCollective
 from ridgewalk.parallel.communicator import Communicator
-from ridgewalk.parallel.shared_memory import MAX_RANKS, SharedMemoryCollectives, create_segment
-from ridgewalk.parallel.torch_collectives import TorchCollectives
+from ridgewalk.parallel.connector import Connector
+from ridgewalk.parallel.roster import exchange_members
+from ridgewalk.parallel.stage_link import StageLink
 from ridgewalk.placement.mesh import Mesh
 
 
 @dataclass(frozen=True)
 class ProcessGroups:
-    """The groups that one rank belongs to."""
+    """The groups and links that one rank belongs to."""
 
     tp: Communicator  # the ranks that share one shard of layers: all-reduce after attention and MLP
+    ep: Communicator  # the ranks of a stage, if they share its experts: dispatch and combine; otherwise of size 1
+    previous: StageLink | None = None  # receives from the rank at this one's place in the stage before
+    next: StageLink | None = None  # sends to the one in the stage after
+    timer: CallTimer = field(default_factory=CallTimer)  # of all of them
+
+    @property
+    def seconds(self) -> float:
+        """Spent in timed calls since `start_timing`."""
+        return self.timer.seconds
+
+    def start_timing(self) -> None:
+        """Time every call of every group from here to `stop_timing`."""
+        self.timer.start()
+
+    def stop_timing(self) -> list[TimedCollective]:
+        """Stop timing; the calls timed, in their order."""
+        return self.timer.stop()
 
     def close(self) -> None:
-        """Leave every group."""
-        self.tp.close()
+        """Leave every group, so that no peer waits for this rank any longer. Call it once, after the last call."""
+        for each in (self.tp, self.ep, self.previous, self.next):
+            if each is not None:
+                each.close()
 
 
 def make_process_groups(
@@ -47,55 +64,31 @@ def make_process_groups(
             file must not exist before). Not read by a mesh of one rank.
         device: of the tensors to be exchanged.
         library: the compiled kernels, for shared memory between the CPU ranks of one host; without them, gloo.
-        timeout_s: after so long without an answer from a peer, a collective raises `CommunicationError`.
+        timeout_s: after so long without an answer from a peer, a call raises `CommunicationError`.
 
     Raises:
         ValueError: ``init_method`` is neither of these.
     """
-    _, _, tp_rank = mesh.coordinates(rank)
+    _, stage, tp_rank = mesh.coordinates(rank)
+    timer = CallTimer()
     if mesh.world_size == 1:
-        return ProcessGroups(tp=Communicator(0, 1, None))
+        return ProcessGroups(Communicator(0, 1, None, "tp", timer), Communicator(0, 1, None, "ep", timer), timer=timer)
     store = _store(init_method, rank, mesh.world_size, timeout_s)
-    return ProcessGroups(tp=_communicator(store, "tp", tp_rank, mesh.tp, device, library, timeout_s))
-
-
-def _communicator(
-    store: dist.Store,
-    name: str,
-    rank: int,
-    size: int,
-    device: torch.device,
-    library: ctypes.CDLL | None,
-    timeout_s: float,
-) -> Communicator:
-    shared = None
-    if device.type == "cpu":
-        shared = _shared_memory(dist.PrefixStore(f"{name}-shm", store), rank, size, library, timeout_s)
-    collectives = shared or TorchCollectives(store, rank, size, device, timeout_s, name)
-    return Communicator(rank, size, collectives)
-
-
-def _shared_memory(
-    store: dist.Store, rank: int, size: int, library: ctypes.CDLL | None, timeout_s: float
-) -> SharedMemoryCollectives | None:
-    """Shared memory, if all ranks are on one host and can use it: they all decide alike."""
-    able = library is not None and size <= MAX_RANKS
-    store.set(f"member{rank}", json.dumps([able, host_identity(), os.getpid()]))
-    members = [json.loads(store.get(f"member{peer}")) for peer in range(size)]
-    if not all(able for able, _, _ in members) or len({host for _, host, _ in members}) > 1 or library is None:
-        return None
-    if rank == 0:
-        store.set("segment", create_segment(library, size))
-    path = store.get("segment").decode()
-    if not path:
-        return None
-    pids = [pid for _, _, pid in members]
-    collectives = SharedMemoryCollectives(library, path, rank, pids, timeout_s, len(os.sched_getaffinity(0)))
-    store.set(f"mapped{rank}", "1")
-    if rank == 0:
-        store.wait([f"mapped{peer}" for peer in range(size)], timedelta(seconds=timeout_s))
-        os.unlink(path)  # it lives on while it is mapped, and goes with the last rank however that ends
-    return collectives
+    members = exchange_members(store, rank, mesh.world_size, library is not None)
+    connector = Connector(store, rank, members, device, library, timeout_s, timer)
+    stage_size = mesh.dp * mesh.tp
+    tp_ranks = range(rank - tp_rank, rank - tp_rank + mesh.tp)
+    ep_ranks = range(stage * stage_size, (stage + 1) * stage_size) if mesh.expert_parallel else range(rank, rank + 1)
+    groups = ProcessGroups(
+        tp=connector.communicator("tp", tp_ranks),
+        ep=connector.communicator("ep", ep_ranks),
+        # in this order: the first stage has only the second link, so that the chain of pairs unrolls from there
+        previous=connector.link(rank - stage_size, rank) if stage > 0 else None,
+        next=connector.link(rank, rank + stage_size) if stage + 1 < mesh.pp else None,
+        timer=timer,
+    )
+    connector.finish()
+    return groups
 
 
 def _store(init_method: str, rank: int, world_size: int, timeout_s: float) -> dist.Store:
@@ -107,16 +100,3 @@ def _store(init_method: str, rank: int, world_size: int, timeout_s: float) -> di
             timeout = timedelta(seconds=timeout_s)
             return dist.TCPStore(host, int(port), world_size, rank == 0, timeout, wait_for_workers=False)
     raise ValueError(f"init_method must be tcp://host:port or file:///path, got {init_method!r}")
-
-
-def host_identity() -> str:
-    """Equal for two processes exactly when they can share memory and see each other's process ids."""
-    parts = [socket.gethostname()]
-    for path in ("/proc/sys/kernel/random/boot_id",):
-        if Path(path).exists():
-            parts.append(Path(path).read_text().strip())
-    for namespace in ("pid", "ipc", "mnt"):
-        link = f"/proc/self/ns/{namespace}"
-        if os.path.islink(link):
-            parts.append(os.readlink(link))
-    return "|".join(parts)

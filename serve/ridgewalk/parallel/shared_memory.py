@@ -3,91 +3,46 @@
 from __future__ import annotations
 
 import ctypes
-import os
-import secrets
-from pathlib import Path
+from ctypes import c_int, c_size_t, c_void_p
 
 import torch
 
-from ridgewalk.kernels.cpu_kernels import DTYPE_CODES
+from ridgewalk.kernels.cpu_calls import DTYPE_CODES
 from ridgewalk.parallel.communicator import CommunicationError
-
-SLOT_BYTES = 1 << 20
-"""Payload that moves at once; larger ones go in pieces. Four of them per rank pair stay in a cache."""
-
-MAX_RANKS = 64
-"""Room for peers in the C++ structure."""
-
-SPINS = 4000
-"""Looks at a peer's mailbox before sleeping, some 50 us: longer than ranks are usually apart in decode."""
+from ridgewalk.parallel.peers import Peers
+from ridgewalk.parallel.shared_segment import SLOT_BYTES, check, waiting_arguments
 
 _ALL_REDUCE, _ALL_GATHER, _GATHER, _BROADCAST = range(4)
-_ABORTED, _TIMED_OUT = -1, -2
-_FOLDER = Path("/dev/shm")
+_INVALID = -4
 
 
-def create_segment(library: ctypes.CDLL, size: int) -> str:
-    """Make the segment of a group; its path, or "" where there is no room for it (a container's small /dev/shm)."""
-    library.rw_shm_bytes.restype = ctypes.c_size_t
-    path = _FOLDER / f"ridgewalk-{secrets.token_hex(8)}"
-    try:
-        file = os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600)
-    except OSError:
-        return ""
-    try:
-        os.posix_fallocate(file, 0, library.rw_shm_bytes(size, ctypes.c_size_t(SLOT_BYTES)))
-    except OSError:
-        path.unlink()
-        return ""
-    finally:
-        os.close(file)
-    return str(path)
+def segment_bytes(library: ctypes.CDLL, size: int) -> int:
+    """Of the segment of a group of ``size`` ranks."""
+    library.rw_shm_bytes.restype = c_size_t
+    return library.rw_shm_bytes(size, c_size_t(SLOT_BYTES))
 
 
 class SharedMemoryCollectives:
     """One rank's end of a segment. A peer that dies, or closes, makes the others' calls raise `CommunicationError`."""
 
-    def __init__(
-        self, library: ctypes.CDLL, path: str, rank: int, pids: list[int], timeout_s: float, num_cores: int
-    ) -> None:
-        """Map the segment.
-
-        Args:
-            library: the compiled kernels.
-            path: of the segment, from `create_segment`; may be unlinked once every rank has mapped it.
-            rank: of this process in the group.
-            pids: process of each rank, as seen from here.
-            timeout_s: longest wait for a peer.
-            num_cores: of the host; with more ranks than cores, waiting ranks sleep at once.
+    def __init__(self, library: ctypes.CDLL, path: str, peers: Peers, timeout_s: float, spin: bool) -> None:
+        """Map the segment at ``path``, of `segment_bytes`. For the others see `waiting_arguments`.
 
         Raises:
-            CommunicationError: the segment cannot be mapped.
+            CommunicationError: it cannot be mapped.
         """
-        size = len(pids)
-        others = [0 if pid == os.getpid() else pid for pid in pids]
-        self._pidfds = [_pidfd(pid) for pid in others]
-        array = ctypes.c_int * size
-        library.rw_shm_open.restype = ctypes.c_void_p
-        library.rw_shm_collective.argtypes = [
-            ctypes.c_void_p, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t
-        ]  # fmt: skip
+        library.rw_shm_open.restype = c_void_p
+        library.rw_shm_collective.argtypes = [c_void_p, c_int, c_int, c_int, c_void_p, c_void_p, c_size_t]
+        library.rw_shm_all_to_all_begin.argtypes = [c_void_p, c_void_p, c_size_t, c_size_t, c_void_p, c_void_p]
+        library.rw_shm_all_to_all_finish.argtypes = [c_void_p, c_void_p, c_void_p]
         self._library = library
-        self._rank = rank
-        self._size = size
-        self._group = ctypes.c_void_p(
-            library.rw_shm_open(
-                path.encode(),
-                rank,
-                size,
-                ctypes.c_size_t(SLOT_BYTES),
-                array(*others),
-                array(*self._pidfds),
-                ctypes.c_double(timeout_s),
-                SPINS if size <= num_cores else 0,
-            )
+        self._peers = peers
+        waiting = waiting_arguments(peers, timeout_s, spin)
+        self._group = c_void_p(
+            library.rw_shm_open(path.encode(), peers.index, peers.size, c_size_t(SLOT_BYTES), *waiting)
         )
         if not self._group:
-            raise CommunicationError(f"rank {rank} cannot map the shared segment {path}")
+            raise CommunicationError(f"rank {peers.rank} cannot map the shared segment {path}")
 
     def all_reduce(self, tensor: torch.Tensor) -> None:
         """Sum in rank order, in FP32."""
@@ -95,13 +50,13 @@ class SharedMemoryCollectives:
 
     def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
         """``[size, *tensor.shape]``."""
-        stacked = tensor.new_empty((self._size, *tensor.shape))
+        stacked = tensor.new_empty((self._peers.size, *tensor.shape))
         self._call(_ALL_GATHER, tensor, stacked)
         return stacked
 
     def gather(self, tensor: torch.Tensor, root: int) -> torch.Tensor | None:
         """``[size, *tensor.shape]`` on the root."""
-        stacked = tensor.new_empty((self._size, *tensor.shape)) if self._rank == root else None
+        stacked = tensor.new_empty((self._peers.size, *tensor.shape)) if self._peers.index == root else None
         self._call(_GATHER, tensor, stacked, root)
         return stacked
 
@@ -109,38 +64,43 @@ class SharedMemoryCollectives:
         """Overwrite with the root's, in place."""
         self._call(_BROADCAST, tensor, tensor, root)
 
+    def all_to_all(self, rows: torch.Tensor, counts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """One exchange brings the counts and, as far as a slot has room, the rows."""
+        num_rows, width = rows.shape
+        self._check_open(rows)
+        received = torch.empty(self._peers.size, dtype=torch.int64)
+        if counts.dtype != received.dtype or counts.shape != received.shape or not counts.is_contiguous():
+            raise ValueError(f"counts must be {self._peers.size} contiguous int64 on the CPU")
+        source = rows.data_ptr()
+        result = self._library.rw_shm_all_to_all_begin(
+            self._group, source, num_rows, width * rows.element_size(), counts.data_ptr(), received.data_ptr()
+        )
+        if result == _INVALID:
+            raise ValueError(f"{num_rows} rows, but the counts by destination are {counts.tolist()}")
+        check(result, self._peers)
+        arrived = rows.new_empty((int(received.sum()), width))
+        result = self._library.rw_shm_all_to_all_finish(self._group, source, arrived.data_ptr())
+        check(result, self._peers)
+        return arrived, received
+
     def close(self) -> None:
         """Abort peers that still wait, and unmap."""
         if not self._group:
             return
         self._library.rw_shm_abort(self._group)
         self._library.rw_shm_close(self._group)
-        self._group = ctypes.c_void_p()
-        for pidfd in self._pidfds:
-            if pidfd >= 0:
-                os.close(pidfd)
+        self._group = c_void_p()
+        self._peers.close()
 
     def _call(self, op: int, source: torch.Tensor, target: torch.Tensor | None, root: int = 0, dtype: int = 0) -> None:
-        if not self._group:
-            raise CommunicationError(f"rank {self._rank}: the group is closed")
-        if not source.is_contiguous():
-            raise ValueError("collectives want contiguous tensors")
+        self._check_open(source)
         num_bytes = source.numel() * source.element_size()
         into = None if target is None else target.data_ptr()
         result = self._library.rw_shm_collective(self._group, op, dtype, root, source.data_ptr(), into, num_bytes)
-        if result == 0:
-            return
-        if result == _TIMED_OUT:
-            raise CommunicationError(f"rank {self._rank}: a peer did not enter the collective in time")
-        if result == _ABORTED:
-            raise CommunicationError(f"rank {self._rank}: a peer left the group")
-        raise CommunicationError(f"rank {self._rank}: the process of rank {result - 1} died")
+        check(result, self._peers)
 
-
-def _pidfd(pid: int) -> int:
-    if pid == 0 or not hasattr(os, "pidfd_open"):
-        return -1
-    try:
-        return os.pidfd_open(pid)
-    except OSError:
-        return -1  # the C++ side asks by process id instead
+    def _check_open(self, tensor: torch.Tensor) -> None:
+        if not self._group:
+            raise CommunicationError(f"rank {self._peers.rank}: the group is closed")
+        if not tensor.is_contiguous():
+            raise ValueError("collectives want contiguous tensors")

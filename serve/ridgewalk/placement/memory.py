@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from ridgewalk.placement.activations import StepLimits, activation_bytes
 from ridgewalk.placement.mesh import Mesh
-from ridgewalk.placement.model_spec import DTYPE_BYTES, ModelSpec
+from ridgewalk.placement.model_spec import ModelSpec
 
 GIB = 1024**3
 
@@ -16,25 +17,67 @@ class MemoryPlanError(ValueError):
 
 
 @dataclass(frozen=True)
+class StageMemory:
+    """What one rank of a stage needs. Bytes."""
+
+    weight_bytes: int
+    activation_bytes: int  # the largest step: hidden states, MLP or experts, logits and tables
+    kv_bytes_per_block: int
+
+    def used_bytes(self, num_blocks: int) -> int:
+        """All of it, with so many KV blocks."""
+        return self.weight_bytes + self.activation_bytes + num_blocks * self.kv_bytes_per_block
+
+    def blocks_within(self, budget_bytes: int) -> int:
+        """KV blocks that fit beside the rest, negative when the rest does not fit itself."""
+        return (budget_bytes - self.used_bytes(0)) // self.kv_bytes_per_block
+
+
+@dataclass(frozen=True)
 class MemoryPlan:
-    """How one rank spends its memory. All sizes in bytes, of one rank."""
+    """How the ranks spend their memory. The figures are those of the tightest rank: the one that uses most.
+
+    Every rank has the same number of blocks, so that the scheduler sees one size.
+    """
 
     budget_bytes: int
-    weight_bytes: int
-    activation_bytes: int  # the largest step: hidden states, MLP, logits and tables
-    kv_bytes_per_block: int
-    num_blocks: int
+    stages: tuple[StageMemory, ...]
+    num_blocks: int  # of each attention group
     block_size: int  # tokens
 
     @property
+    def tightest(self) -> StageMemory:
+        """The stage whose ranks use most."""
+        return max(self.stages, key=lambda stage: stage.used_bytes(self.num_blocks))
+
+    @property
+    def weight_bytes(self) -> int:
+        """Weights of the tightest rank."""
+        return self.tightest.weight_bytes
+
+    @property
+    def activation_bytes(self) -> int:
+        """The largest step of the tightest rank."""
+        return self.tightest.activation_bytes
+
+    @property
+    def kv_bytes_per_block(self) -> int:
+        """A KV block of the tightest rank."""
+        return self.tightest.kv_bytes_per_block
+
+    @property
     def kv_bytes(self) -> int:
-        """Bytes of the whole KV cache."""
+        """The whole KV cache of the tightest rank."""
         return self.num_blocks * self.kv_bytes_per_block
 
     @property
     def kv_tokens(self) -> int:
-        """Tokens that the KV cache holds."""
+        """Tokens that the KV cache of one attention group holds."""
         return self.num_blocks * self.block_size
+
+    def blocks_within(self, budget_bytes: int) -> int:
+        """KV blocks for which every rank has room in ``budget_bytes``; 0 when not even one fits."""
+        return max(0, min(stage.blocks_within(budget_bytes) for stage in self.stages))
 
 
 def plan_memory(
@@ -46,24 +89,33 @@ def plan_memory(
     max_num_batched_tokens: int,
     max_num_seqs: int,
     max_model_len: int,
+    num_redundant_experts: int = 0,
 ) -> MemoryPlan:
-    """Compute how many KV blocks fit beside weights and activations in ``budget_bytes`` of one rank.
+    """Compute how many KV blocks fit beside weights and activations in ``budget_bytes`` of each rank.
 
-    There are never more blocks than ``max_num_seqs`` sequences of ``max_model_len`` tokens could fill.
+    The stage with least room decides. There are never more blocks than ``max_num_seqs`` sequences of
+    ``max_model_len`` tokens could fill. Limits are those of one attention group.
 
     Raises:
         MemoryPlanError: weights and activations do not fit, or not even one sequence of ``max_model_len`` does.
     """
-    weights = spec.weight_bytes_per_rank(mesh, dtype)
-    activations = activation_bytes(spec, mesh, dtype, max_num_batched_tokens, max_num_seqs, max_model_len)
-    per_block = block_size * spec.kv_bytes_per_token(mesh, dtype)
-    if weights + activations > budget_bytes:
+    limits = StepLimits(max_num_batched_tokens, max_num_seqs, max_model_len)
+    weights = spec.weight_bytes_per_stage(mesh, dtype, num_redundant_experts)
+    activations = activation_bytes(spec, mesh, dtype, limits, num_redundant_experts)
+    per_token = spec.kv_bytes_per_token_per_stage(mesh, dtype)
+    stages = tuple(
+        StageMemory(held, active, block_size * kv)
+        for held, active, kv in zip(weights, activations, per_token, strict=True)
+    )
+    tightest = min(stages, key=lambda stage: stage.blocks_within(budget_bytes))
+    fitting, per_block = tightest.blocks_within(budget_bytes), tightest.kv_bytes_per_block
+    if fitting < 0:
         raise MemoryPlanError(
-            f"{spec.architecture} needs {_gib(weights)} of weights and {_gib(activations)} of activations per rank at "
-            f"{mesh.name}, but --memory gives {_gib(budget_bytes)}; raise --memory or -tp"
+            f"{spec.architecture} needs {_gib(tightest.weight_bytes)} of weights and "
+            f"{_gib(tightest.activation_bytes)} of activations per rank at {mesh.name}, "
+            f"but --memory gives {_gib(budget_bytes)}; raise --memory, -tp or -pp"
         )
     per_sequence = math.ceil(max_model_len / block_size)
-    fitting = (budget_bytes - weights - activations) // per_block
     if fitting < per_sequence:
         shorter = f"lower --max-model-len to {fitting * block_size} or " if fitting > 0 else ""
         raise MemoryPlanError(
@@ -71,26 +123,7 @@ def plan_memory(
             f"{mesh.name}, but only {_gib(fitting * per_block)} of {_gib(budget_bytes)} is left beside the weights; "
             f"{shorter}raise --memory"
         )
-    num_blocks = min(fitting, per_sequence * max_num_seqs)
-    return MemoryPlan(budget_bytes, weights, activations, per_block, num_blocks, block_size)
-
-
-def activation_bytes(
-    spec: ModelSpec, mesh: Mesh, dtype: str, max_num_batched_tokens: int, max_num_seqs: int, max_model_len: int
-) -> int:
-    """Upper bound of the memory of one step beside weights and KV cache, in bytes of one rank.
-
-    Per token: residual, normed and projected hidden states (4 x hidden), q, k, v and the attention output, gate, up
-    and their product. Per sequence: logits of the whole vocabulary in the compute dtype and three times in FP32
-    (sampling). Tables: cos and sin in FP32.
-    """
-    size = DTYPE_BYTES[dtype]
-    q_size = spec.num_heads_per_rank(mesh.tp) * spec.head_dim
-    kv_size = spec.num_kv_heads_per_rank(mesh.tp) * spec.head_dim
-    per_token = (4 * spec.hidden_size + 2 * q_size + 2 * kv_size + 3 * spec.intermediate_size // mesh.tp) * size
-    per_sequence = spec.vocab_size * (2 * size + 3 * 4)
-    tables = max_model_len * spec.head_dim * 4
-    return max_num_batched_tokens * per_token + max_num_seqs * per_sequence + tables
+    return MemoryPlan(budget_bytes, stages, min(fitting, per_sequence * max_num_seqs), block_size)
 
 
 def _gib(num_bytes: int) -> str:

@@ -30,7 +30,9 @@ class RopeSpec:
     attention_factor: float = 1.0  # yarn: cos and sin are multiplied by it
 
     @classmethod
-    def from_config(cls, config: Mapping[str, Any], max_position_embeddings: int) -> RopeSpec:
+    def from_config(
+        cls, config: Mapping[str, Any], max_position_embeddings: int, default_theta: float = 10000.0
+    ) -> RopeSpec:
         """Read ``rope_parameters`` (transformers 5) or ``rope_theta`` with ``rope_scaling`` (older configs).
 
         Raises:
@@ -44,7 +46,7 @@ class RopeSpec:
         rotary_share = float(fields.get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1.0)
         if rotary_share != 1.0:
             raise ValueError(f"partial_rotary_factor {rotary_share} is not supported (only 1.0 is)")
-        theta = float(fields.get("rope_theta") or config.get("rope_theta") or 10000.0)
+        theta = float(fields.get("rope_theta") or config.get("rope_theta") or default_theta)
         original = int(fields.get("original_max_position_embeddings") or max_position_embeddings)
         if rope_type == "default":
             return cls(theta=theta)
@@ -73,16 +75,17 @@ class RopeSpec:
         )
 
 
+def yarn_mscale(factor: float, weight: float) -> float:
+    """Temperature of YaRN (arXiv 2309.00071, section 3.4) for a context grown by ``factor``, as DeepSeek weighs it."""
+    return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0
+
+
 def _yarn_attention_factor(fields: Mapping[str, Any], factor: float) -> float:
-    """Temperature of YaRN (arXiv 2309.00071, section 3.4) as transformers infers it from a config."""
-
-    def mscale(scale: float, weight: float) -> float:
-        return 1.0 if scale <= 1 else 0.1 * weight * math.log(scale) + 1.0
-
+    """What cos and sin are multiplied by, as transformers infers it from a config."""
     given = fields.get("attention_factor")
     if given is not None:
         return float(given)
     numerator, denominator = fields.get("mscale"), fields.get("mscale_all_dim")
     if numerator and denominator:
-        return mscale(factor, float(numerator)) / mscale(factor, float(denominator))
-    return mscale(factor, 1.0)
+        return yarn_mscale(factor, float(numerator)) / yarn_mscale(factor, float(denominator))
+    return yarn_mscale(factor, 1.0)

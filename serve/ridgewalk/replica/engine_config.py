@@ -5,6 +5,8 @@ from __future__ import annotations
 import msgspec
 
 from ridgewalk.engine.scheduler_config import SchedulerConfig
+from ridgewalk.model.runner_config import RunnerConfig
+from ridgewalk.placement.mesh import Mesh
 
 
 class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -17,6 +19,11 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     tp: int = 1
     pp: int = 1
     dp: int = 1
+    expert_parallel: bool = False
+    num_redundant_experts: int = 0  # per sparse layer
+    expert_map: list[list[list[int]]] | None = None  # `ExpertMap.layers`; None: uniform
+    expert_imbalance: tuple[float, float] | None = None  # worst layer's, at the observed loads: uniform, `expert_map`
+    record_expert_load: str | None = None  # absolute path of a file that observed expert loads are written to
     max_model_len: int
     max_num_seqs: int
     max_num_batched_tokens: int
@@ -29,14 +36,24 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     cpus_per_rank: float = 1.0
     gpus_per_rank: float = 0.0
     threads_per_rank: int | None = None
-    max_steps_in_flight: int = 2
-    schedule_ahead: bool = True  # steps in flight may hold the same sequence (placeholders)
+    schedule_ahead: bool = True  # steps in flight may hold the same sequence (placeholders); not in a pipeline
+    max_steps_in_flight: int = 2  # at least one for each stage of a pipeline; 1 with neither stages nor the above
     ranks_per_host: int = 1  # of the whole service: its default share of memory and cores follows
+
+    @property
+    def mesh(self) -> Mesh:
+        """The replica's mesh."""
+        return Mesh(tp=self.tp, pp=self.pp, dp=self.dp, expert_parallel=self.expert_parallel)
 
     @property
     def world_size(self) -> int:
         """Number of ranks."""
-        return self.tp * self.pp * self.dp
+        return self.mesh.world_size
+
+    @property
+    def schedules_ahead(self) -> bool:
+        """True when steps in flight may hold the same sequence: all ranks must learn the tokens that one samples."""
+        return self.schedule_ahead and self.pp == 1
 
     def scheduler_config(self, num_blocks: int) -> SchedulerConfig:
         """The scheduler's limits for a replica with so many KV blocks per attention group.
@@ -50,8 +67,54 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
             max_model_len=self.max_model_len,
             max_num_seqs=self.max_num_seqs,
             max_num_batched_tokens=self.max_num_batched_tokens,
-            max_steps_in_flight=self.max_steps_in_flight,
-            schedule_ahead=self.schedule_ahead,
+            max_steps_in_flight=max(self.max_steps_in_flight, self.pp) if self.schedules_ahead or self.pp > 1 else 1,
+            schedule_ahead=self.schedules_ahead,
             num_groups=self.dp,
             enable_prefix_caching=self.enable_prefix_caching,
         )
+
+    def runner_config(self, rank: int, num_threads: int, init_method: str = "") -> RunnerConfig:
+        """What one rank is told to run. ``init_method``: where the ranks meet, when there are several."""
+        return RunnerConfig(
+            model=self.model_path,
+            dtype=self.dtype,
+            device=self.device,
+            rank=rank,
+            tp=self.tp,
+            pp=self.pp,
+            dp=self.dp,
+            expert_parallel=self.expert_parallel,
+            block_size=self.block_size,
+            max_num_seqs=self.max_num_seqs,
+            max_num_batched_tokens=self.max_num_batched_tokens,
+            max_model_len=self.max_model_len,
+            num_threads=num_threads,
+            init_method=init_method,
+            tokens_broadcast=self.schedules_ahead,
+            expert_map=self.expert_map,
+        )
+
+
+def describe_mesh(config: EngineConfig) -> str:
+    """The ranks of a replica in words, e.g. ``4 ranks: 2 attention groups x 2 tensor-parallel, experts over 4``."""
+    parts = []
+    if config.pp > 1:
+        parts.append(f"{config.pp} stages")
+    if config.dp > 1:
+        parts.append(f"{config.dp} attention groups")
+    if config.tp > 1:
+        parts.append(f"{config.tp} tensor-parallel")
+    experts = f", experts over {config.dp * config.tp}" if config.expert_parallel else ""
+    ranks = "1 rank" if config.world_size == 1 else f"{config.world_size} ranks"
+    return f"{ranks}: {' x '.join(parts)}{experts}" if parts else f"{ranks}{experts}"
+
+
+def describe_expert_balance(config: EngineConfig) -> str:
+    """What placing experts by observed load gains, as the end of a sentence; empty where they are placed in order."""
+    if config.expert_imbalance is None:
+        return ""
+    before, after = config.expert_imbalance
+    return (
+        f"; at the observed loads the busiest expert-parallel rank of the worst layer has {after:.2f} times the mean, "
+        f"{before:.2f} without ({config.num_redundant_experts} redundant experts a layer)"
+    )

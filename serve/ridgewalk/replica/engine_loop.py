@@ -22,6 +22,7 @@ from ridgewalk.engine.step import RankTimings
 from ridgewalk.replica.call_ledger import CallLedger, CallRecord
 from ridgewalk.replica.channel_server import ChannelServer
 from ridgewalk.replica.command_queue import CommandQueue
+from ridgewalk.replica.expert_load_recorder import ExpertLoadRecorder
 from ridgewalk.replica.protocol import (
     Finish,
     GenerateCall,
@@ -87,9 +88,11 @@ class EngineLoop:
         address: str,
         max_waiting: int,
         executor_socket: zmq.Socket[bytes] | None = None,
+        expert_loads: ExpertLoadRecorder | None = None,
     ) -> None:
         self._core = EngineCore(scheduler_config, executor, time.monotonic)
         self._recorder = recorder
+        self._expert_loads = expert_loads
         self._limit = WaitingLimit(max_waiting, scheduler_config.max_num_seqs * scheduler_config.num_groups)
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._channel = ChannelServer(self._context, address)
@@ -159,6 +162,8 @@ class EngineLoop:
             self._core.executor.close()
             self._channel.close()
             self._context.term()
+            if self._expert_loads is not None:
+                self._expert_loads.close()
         while not self._stopping:  # refuse what still comes until Serve replaces the replica
             self._commands.wait(1.0)
             self._refuse_commands()
@@ -172,6 +177,8 @@ class EngineLoop:
         self._deliver(results, time.monotonic())
         for timings in self._core.executor.take_timings():
             self._recorder.on_timings(timings)
+            if self._expert_loads is not None:
+                self._expert_loads.on_timings(timings)
         if now - self._last_report >= REPORT_EVERY_S:
             self._report(now)
         # An in-process executor has no socket to wait on: its steps run when they are collected.

@@ -14,8 +14,9 @@ from ray.util import get_current_placement_group
 from ridgewalk.logs import configure_logging
 from ridgewalk.metrics.engine_metrics import EngineMetrics
 from ridgewalk.placement.model_spec import ModelSpec
-from ridgewalk.replica.engine_config import EngineConfig
+from ridgewalk.replica.engine_config import EngineConfig, describe_expert_balance, describe_mesh
 from ridgewalk.replica.engine_loop import EngineLoop
+from ridgewalk.replica.expert_load_recorder import make_expert_load_recorder
 from ridgewalk.replica.peer_metrics import ReplicaMetrics
 from ridgewalk.replica.protocol import ChannelAddress, GenerateCall, GenerateReply, Introduction, ReplyStatus
 from ridgewalk.replica.ray_ranks import RayRanks
@@ -40,11 +41,11 @@ class EngineReplica:
         executor = ZmqExecutor(config, spec, RayRanks(get_current_placement_group()), address, self._log_progress)
         plan = executor.memory_plan
         logger.info(
-            "%s %s: %d KV blocks of %d tokens (%d tokens), %.0f MiB of weights per rank",
-            config.model_name, config.placement, plan.num_blocks, plan.block_size, plan.kv_tokens,
-            plan.weight_bytes / 2**20,
+            "%s %s: %s; %d KV blocks of %d tokens (%d tokens) per attention group, %.0f MiB of weights per rank%s",
+            config.model_name, config.placement, describe_mesh(config), plan.num_blocks, plan.block_size,
+            plan.kv_tokens, plan.weight_bytes / 2**20, describe_expert_balance(config),
         )  # fmt: skip
-        self._metrics = EngineMetrics(config, replica=str(context.rank.rank), spec=spec, memory_plan=plan)
+        self._metrics = EngineMetrics(config, replica=str(context.rank.rank), spec=spec)
         self._loop = EngineLoop(
             config.scheduler_config(executor.num_blocks),
             executor,
@@ -52,6 +53,8 @@ class EngineReplica:
             address,
             config.max_waiting,
             executor.socket,
+            # The loads of the others are alike, and the file is one.
+            make_expert_load_recorder(config, spec) if context.rank.rank == 0 else None,
         )
         self._loop.start()
 

@@ -6,7 +6,6 @@ from collections import deque
 
 from ridgewalk.engine.step import RankTimings, StepInput, StepOutput
 from ridgewalk.model.runner import create_runner, device_memory
-from ridgewalk.model.runner_config import RunnerConfig
 from ridgewalk.placement.model_spec import ModelSpec
 from ridgewalk.replica.engine_config import EngineConfig
 from ridgewalk.replica.host import memory_bytes
@@ -21,19 +20,7 @@ class InProcessExecutor:
             raise ValueError(f"the in-process executor runs one rank, not {config.world_size}; use spawned ranks")
         available = device_memory(config.device)[0] if config.device == "cuda" else memory_bytes()
         self.memory_plan = size_cache(config, spec, available)
-        self._runner = create_runner(
-            RunnerConfig(
-                model=config.model_path,
-                dtype=config.dtype,
-                device=config.device,
-                rank=0,
-                block_size=config.block_size,
-                max_num_seqs=config.max_num_seqs,
-                max_num_batched_tokens=config.max_num_batched_tokens,
-                max_model_len=config.max_model_len,
-                num_threads=num_threads(config, 1),
-            )
-        )
+        self._runner = create_runner(config.runner_config(rank=0, num_threads=num_threads(config, 1)))
         self._runner.load()
         self._runner.allocate(self.memory_plan.num_blocks)
         self._runner.warm_up()
@@ -54,11 +41,12 @@ class InProcessExecutor:
     def collect(self) -> list[StepOutput]:
         if not self._submitted:
             return []
-        output = self._runner.execute(self._submitted.popleft())
+        step = self._submitted.popleft()
+        output = self._runner.execute(step)
         assert output is not None
         if (timings := self._runner.timings()) is not None:
             self._measured.append([timings])
-        return [output]
+        return [StepOutput(step.step_id, [output])]
 
     def take_timings(self) -> list[list[RankTimings]]:
         measured, self._measured = self._measured, []

@@ -14,6 +14,7 @@ from ridgewalk.engine.step import RankTimings
 from ridgewalk.placement.memory import MemoryPlan
 from ridgewalk.placement.model_spec import ModelSpec
 from ridgewalk.replica.engine_config import EngineConfig
+from ridgewalk.replica.expert_load_recorder import make_expert_load_recorder
 from ridgewalk.replica.spawned_ranks import SpawnedRanks
 from ridgewalk.replica.zmq_executor import ZmqExecutor
 
@@ -26,7 +27,9 @@ class OfflineEngine:
     """
 
     def __init__(self, config: EngineConfig, spawn: bool = False) -> None:
-        self.executor, self.memory_plan = _make_executor(config, spawn)
+        spec = ModelSpec.from_folder(config.model_path)
+        self.executor, self.memory_plan = _make_executor(config, spec, spawn)
+        self._expert_loads = make_expert_load_recorder(config, spec)
         self.core = EngineCore(config.scheduler_config(self.memory_plan.num_blocks), self.executor, time.monotonic)
         self.timings: list[list[RankTimings]] = []
 
@@ -54,16 +57,23 @@ class OfflineEngine:
         """Step until nothing is left to do."""
         while self.core.has_work:
             self.core.pump()
-            self.timings += self.executor.take_timings()
+            self._take_timings()
             self.executor.wait(1.0)
 
     def close(self) -> None:
         """End the ranks."""
         self.executor.close()
+        if self._expert_loads is not None:
+            self._expert_loads.close()
+
+    def _take_timings(self) -> None:
+        for ranks in self.executor.take_timings():
+            self.timings.append(ranks)
+            if self._expert_loads is not None:
+                self._expert_loads.on_timings(ranks)
 
 
-def _make_executor(config: EngineConfig, spawn: bool) -> tuple[Executor, MemoryPlan]:
-    spec = ModelSpec.from_folder(config.model_path)
+def _make_executor(config: EngineConfig, spec: ModelSpec, spawn: bool) -> tuple[Executor, MemoryPlan]:
     if config.world_size == 1 and not spawn:
         from ridgewalk.replica.in_process_executor import InProcessExecutor  # imports torch
 

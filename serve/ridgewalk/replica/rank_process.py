@@ -14,7 +14,6 @@ import msgspec
 import zmq
 
 from ridgewalk.logs import configure_logging
-from ridgewalk.model.runner_config import RunnerConfig
 from ridgewalk.replica.host import free_port, memory_bytes
 from ridgewalk.replica.rank_protocol import (
     Begin,
@@ -82,7 +81,7 @@ def run_rank(launch: RankLaunch) -> None:
     except Exception as error:
         # Expected errors (a checkpoint, a configuration) are sentences; anything else also goes to the log.
         expected = isinstance(error, ValueError | OSError)
-        message = str(error) or type(error).__name__
+        message = (str(error) or type(error).__name__).removeprefix(f"rank {launch.rank}: ")
         where = f"rank {launch.rank} of {launch.engine.model_name}"
         connection.send(Failed(launch.rank, f"{where}: {message}", "" if expected else traceback.format_exc()))
         connection.close()
@@ -100,38 +99,19 @@ def _serve(launch: RankLaunch, connection: RankConnection) -> None:
     begin = connection.receive()
     if not isinstance(begin, Begin):
         return
-    runner = create_runner(_runner_config(launch, begin))
+    runner = create_runner(engine.runner_config(launch.rank, begin.num_threads, begin.init_method))
     runner.load(progress=_progress(launch.rank, connection))
     runner.allocate(begin.num_blocks)
     runner.warm_up()
     connection.send(Ready(launch.rank))
+    group, _, _ = engine.mesh.coordinates(launch.rank)
     while isinstance(message := connection.receive(), Run):
         output = runner.execute(message.step)
         if output is not None:
-            connection.send(StepDone(output))
+            connection.send(StepDone(message.step.step_id, group, output))
         if (timings := runner.timings()) is not None:
             connection.send(Measured(timings))
     runner.close()
-
-
-def _runner_config(launch: RankLaunch, begin: Begin) -> RunnerConfig:
-    engine = launch.engine
-    return RunnerConfig(
-        model=engine.model_path,
-        dtype=engine.dtype,
-        device=engine.device,
-        rank=launch.rank,
-        tp=engine.tp,
-        pp=engine.pp,
-        dp=engine.dp,
-        block_size=engine.block_size,
-        max_num_seqs=engine.max_num_seqs,
-        max_num_batched_tokens=engine.max_num_batched_tokens,
-        max_model_len=engine.max_model_len,
-        num_threads=begin.num_threads,
-        init_method=begin.init_method,
-        tokens_broadcast=engine.schedule_ahead,
-    )
 
 
 def _progress(rank: int, connection: RankConnection) -> Callable[[int, int], None]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import msgspec
 
-from ridgewalk.engine.step import RankTimings, StepInput, StepOutput
+from ridgewalk.engine.step import GroupOutput, RankTimings, StepInput
 from ridgewalk.replica.engine_config import EngineConfig
 
 
@@ -55,9 +55,11 @@ class Failed(msgspec.Struct, frozen=True, tag="failed"):
 
 
 class StepDone(msgspec.Struct, frozen=True, tag="done"):
-    """Rank -> executor: the result of a step, from the first rank only."""
+    """Rank -> executor: what one attention group sampled, from its first rank of the last pipeline stage."""
 
-    output: StepOutput
+    step_id: int
+    group: int  # the attention group: the rank's dp index
+    output: GroupOutput
 
 
 class Measured(msgspec.Struct, frozen=True, tag="measured"):

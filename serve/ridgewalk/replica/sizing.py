@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import replace
 
 from ridgewalk.placement.memory import MemoryPlan, MemoryPlanError, plan_memory
-from ridgewalk.placement.mesh import Mesh
 from ridgewalk.placement.model_spec import ModelSpec
 from ridgewalk.replica.engine_config import EngineConfig
 from ridgewalk.replica.host import num_cores
@@ -37,13 +36,14 @@ def size_cache(config: EngineConfig, spec: ModelSpec, available_bytes: int | Non
         budget = config.memory if config.memory is not None else _default_budget(config, available_bytes, ranks_sharing)
     plan = plan_memory(
         spec,
-        Mesh(tp=config.tp, pp=config.pp, dp=config.dp),
+        config.mesh,
         config.dtype,
         budget,
         config.block_size,
         config.max_num_batched_tokens,
         config.max_num_seqs,
         config.max_model_len,
+        num_redundant_experts=config.num_redundant_experts,
     )
     if config.num_blocks is not None:
         plan = replace(plan, num_blocks=config.num_blocks)
@@ -73,8 +73,8 @@ def _check_stated(config: EngineConfig, plan: MemoryPlan, limit: int) -> None:
         f"{_gib(plan.kv_bytes)} of KV cache beside {_gib(beside)} of weights and activations per rank, but a rank can "
         f"have {_gib(limit)} of this {where}'s memory"
     )
-    fitting = max(0, limit - beside) // plan.kv_bytes_per_block
     if config.num_blocks is not None:
+        fitting = plan.blocks_within(limit)
         raise MemoryPlanError(f"num_blocks {config.num_blocks} needs {figures}; lower --num-blocks to {fitting}")
     raise MemoryPlanError(f"memory {_gib(config.memory or 0)} means {figures}; lower --memory to {_gib(limit)}")
 

@@ -19,6 +19,7 @@ from ridgewalk.placement.memory import MemoryPlan
 from ridgewalk.placement.model_spec import ModelSpec
 from ridgewalk.replica.channel_server import decode_stranger
 from ridgewalk.replica.engine_config import EngineConfig
+from ridgewalk.replica.output_assembler import OutputAssembler
 from ridgewalk.replica.rank_protocol import (
     Begin,
     Failed,
@@ -91,7 +92,7 @@ class ZmqExecutor:
         self.socket.setsockopt(zmq.RCVHWM, 0)
         self._encoder = msgspec.msgpack.Encoder()
         self._decoder = msgspec.msgpack.Decoder(FromRank)
-        self._outputs: list[StepOutput] = []
+        self._outputs = OutputAssembler(config.dp)
         self._timings: dict[int, list[RankTimings]] = {}
         self._measured: list[list[RankTimings]] = []
         self._closed = False
@@ -115,6 +116,7 @@ class ZmqExecutor:
     # -- engine.executor.Executor -----------------------------------------------------------------------------------
 
     def submit(self, step: StepInput) -> None:
+        self._outputs.expect(step.step_id)
         self._send_all(Run(step))
 
     def wait(self, timeout_s: float) -> None:
@@ -123,12 +125,12 @@ class ZmqExecutor:
     def collect(self) -> list[StepOutput]:
         while (message := self._receive(0)) is not None:
             if isinstance(message, StepDone):
-                self._outputs.append(message.output)
+                self._outputs.add(message.step_id, message.group, message.output)
             elif isinstance(message, Measured):
                 self._add_timings(message.timings)
-        if not self._outputs:
+        outputs = self._outputs.take()
+        if not outputs:
             self.check_ranks()
-        outputs, self._outputs = self._outputs, []
         return outputs
 
     def take_timings(self) -> list[list[RankTimings]]:

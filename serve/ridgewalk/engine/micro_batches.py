@@ -1,0 +1,21 @@
+"""Micro-batches: how many sequences a step of a pipeline takes, so that every stage has some to compute.
+
+A sequence is in at most one step in flight, for its next token depends on the last. A step that took every runnable
+sequence would therefore cross the stages alone, all of them idle but one; so each takes its even share.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+def row_limit(num_sequences: int, open_sizes: Sequence[int], max_steps: int) -> int:
+    """Sequences that the next step of an attention group may take: at least 1 when one is in no step in flight.
+
+    Of ``num_sequences``, so many are in each step in flight (``open_sizes``); up to ``max_steps`` may be open. Spread
+    evenly, ``num_sequences % max_steps`` steps hold one more than the others, and the next step is one of them unless
+    as many such steps are open. So an uneven spread, left by sequences that ended, is mended within a round of steps.
+    """
+    share, num_larger = divmod(num_sequences, max_steps)
+    num_larger_open = sum(size > share for size in open_sizes)
+    return share + (num_larger_open < num_larger)

@@ -1,0 +1,76 @@
+"""What the ranks of each pipeline stage hold: parameters, bytes of weights, bytes of KV cache.
+
+All ranks of a stage hold the same amount, so figures are of one rank of each stage.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from ridgewalk.placement import parameters
+from ridgewalk.placement.mesh import Mesh
+from ridgewalk.placement.stages import stage_layers
+
+if TYPE_CHECKING:
+    from ridgewalk.placement.model_spec import ModelSpec
+
+DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
+"""Bytes of one element, by the names that configs use."""
+
+FP32_BYTES = 4
+
+
+@dataclass(frozen=True)
+class StageWeights:
+    """Parameters that one rank of a stage holds."""
+
+    tables: int  # embeddings and heads: on the first and the last stage
+    vocab_rows: int  # rows of one table, the last shard padded
+    layers: int  # everything else that is held in the compute dtype
+    wide: int  # held in FP32 whatever the compute dtype: what DeepSeek's routers compute with
+
+    def num_parameters(self, hidden_size: int) -> int:
+        """All of them, padding rows included."""
+        return self.tables * self.vocab_rows * hidden_size + self.layers + self.wide
+
+
+def stage_weights(spec: ModelSpec, mesh: Mesh, num_redundant_experts: int = 0) -> tuple[StageWeights, ...]:
+    """What one rank of each stage holds. A tied embedding is held once where first and last stage are the same."""
+    stages = stage_layers(spec, mesh.pp)
+    weights = []
+    for index, layers in enumerate(stages):
+        first, last = index == 0, index == len(stages) - 1
+        tables = 1 if first and last and spec.tie_word_embeddings else first + last
+        sparse = sum(spec.is_sparse(layer) for layer in layers)
+        held = len(layers) * parameters.attention_parameters(spec, mesh.tp)
+        held += (len(layers) - sparse) * parameters.dense_parameters(spec, mesh.tp)
+        held += sparse * parameters.sparse_parameters(spec, mesh, num_redundant_experts)
+        held += last * spec.hidden_size
+        wide = sparse * parameters.wide_router_parameters(spec)
+        weights.append(StageWeights(tables, spec.vocab_size_per_rank(mesh.tp), held, wide))
+    return tuple(weights)
+
+
+def held_bytes(spec: ModelSpec, weights: StageWeights, dtype: str) -> int:
+    """Bytes that a rank really holds for these weights when the model computes in ``dtype``.
+
+    FP8 checkpoints are dequantized as they are read, so that they too take the compute dtype's bytes.
+    """
+    size = DTYPE_BYTES[dtype]
+    tables = weights.tables * weights.vocab_rows * spec.hidden_size
+    return (tables + weights.layers) * size + weights.wide * FP32_BYTES
+
+
+def replica_bytes(spec: ModelSpec, mesh: Mesh, dtype: str, num_redundant_experts: int = 0) -> int:
+    """Bytes of weights on all ranks together, without the rows that pad the vocabulary: they are copies of nothing."""
+    padded_rows = spec.vocab_size_per_rank(mesh.tp) * mesh.tp - spec.vocab_size
+    stages = stage_weights(spec, mesh, num_redundant_experts)
+    held = sum(held_bytes(spec, weights, dtype) for weights in stages) * mesh.tp
+    padding = sum(weights.tables for weights in stages) * padded_rows * spec.hidden_size * DTYPE_BYTES[dtype]
+    return (held - padding) * mesh.dp
+
+
+def kv_values_per_layer(spec: ModelSpec, tp: int) -> int:
+    """Values that one token keeps in one layer on one rank: keys and values of its heads, or the whole latent."""
+    return spec.mla.latent_dim if spec.mla else 2 * spec.num_kv_heads_per_rank(tp) * spec.head_dim
