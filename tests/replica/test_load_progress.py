@@ -67,12 +67,12 @@ def test_a_model_that_is_read_at_once_says_nothing(
 ) -> None:
     replica = EngineReplica.__new__(EngineReplica)
     replica._config = SimpleNamespace(model_name="m", placement="TP2")  # type: ignore[assignment]
-    replica._progress_logged = time.monotonic() - 100  # starting the ranks took long
+    replica._progress_logged = None
     monkeypatch.setattr(logging.getLogger("ridgewalk"), "propagate", True)
     with caplog.at_level(logging.INFO, "ridgewalk"):
-        replica._log_progress(LoadProgress(0, 2**22))
+        replica._log_progress(LoadProgress(1000, 2**22))
         replica._log_progress(LoadProgress(2**22, 2**22))
         assert caplog.messages == []
-        replica._progress_logged -= PROGRESS_EVERY_S
+        replica._progress_logged = time.monotonic() - PROGRESS_EVERY_S
         replica._log_progress(LoadProgress(2**20, 2**22))
     assert caplog.messages == ["m TP2: 1 of 4 MiB of weights read"]
