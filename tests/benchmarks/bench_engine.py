@@ -1,17 +1,20 @@
-"""The engine alone: no HTTP, no Ray. ``python -m tests.benchmarks.bench_engine MODEL [-tp 2]``."""
+"""The engine alone: no HTTP, no Ray.
+
+``python -m tests.benchmarks.bench_engine MODEL [-tp 2] [-pp 2] [-dp 2 --enable-expert-parallel]``
+"""
 
 from __future__ import annotations
 
 import argparse
 import time
-from collections import defaultdict
 from pathlib import Path
 
 from ridgewalk.engine.sampling import SamplingParams
 from ridgewalk.placement.mesh import Mesh
-from ridgewalk.placement.model_spec import ModelSpec
+from ridgewalk.placement.model_spec import ModelSpec, UnsupportedModelError, validate_mesh
 from ridgewalk.replica.engine_config import EngineConfig
 from ridgewalk.replica.offline import OfflineEngine
+from tests.benchmarks.step_phases import print_phases
 from tests.benchmarks.workload import CONCURRENCY, NEW_TOKENS, Rate, prompts, rate, report
 
 
@@ -20,17 +23,31 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model", type=Path)
     parser.add_argument("-tp", type=int, default=1)
+    parser.add_argument("-pp", type=int, default=1)
+    parser.add_argument("-dp", type=int, default=1, help="attention groups; needs --enable-expert-parallel")
+    parser.add_argument("--enable-expert-parallel", action="store_true")
+    parser.add_argument("--threads-per-rank", type=int)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--concurrency", type=int, nargs="+", default=list(CONCURRENCY))
     parser.add_argument("--schedule-ahead", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
+    mesh = Mesh(arguments.tp, arguments.pp, arguments.dp, arguments.enable_expert_parallel)
+    spec = ModelSpec.from_folder(arguments.model)
+    try:
+        validate_mesh(spec, mesh)
+    except UnsupportedModelError as error:
+        parser.error(str(error))
     config = EngineConfig(
         model_name=arguments.model.name,
-        placement=Mesh(tp=arguments.tp).name,
+        placement=mesh.name,
         model_path=str(arguments.model),
-        dtype=ModelSpec.from_folder(arguments.model).dtype,
-        tp=arguments.tp,
+        dtype=spec.dtype,
+        tp=mesh.tp,
+        pp=mesh.pp,
+        dp=mesh.dp,
+        expert_parallel=mesh.expert_parallel,
+        threads_per_rank=arguments.threads_per_rank,
         max_model_len=1024,
         max_num_seqs=64,
         max_num_batched_tokens=2048,
@@ -45,7 +62,7 @@ def main() -> None:
         print(f"ready after {time.perf_counter() - started:.1f} s")
         rates = [_measure(engine, count, arguments.repeats) for count in arguments.concurrency]
         report(f"{config.model_name} {config.placement}, offline", rates, arguments.out)
-        _print_phases(engine)
+        print_phases(engine.timings[-NEW_TOKENS // 16 :], mesh)
 
 
 def _measure(engine: OfflineEngine, concurrency: int, repeats: int) -> Rate:
@@ -57,18 +74,6 @@ def _measure(engine: OfflineEngine, concurrency: int, repeats: int) -> Rate:
         engine.generate(load, sampling)
         runs.append(concurrency * NEW_TOKENS / (time.perf_counter() - started))
     return rate(concurrency, runs)
-
-
-def _print_phases(engine: OfflineEngine) -> None:
-    """Where the measured steps of the last load went, on the first rank."""
-    phases: defaultdict[str, float] = defaultdict(float)
-    steps = [ranks[0] for ranks in engine.timings[-NEW_TOKENS // 16 :]]
-    for timings in steps:
-        phases["step"] += timings.seconds
-        for phase, seconds in timings.phases.items():
-            phases[phase] += seconds
-        phases["of that, all-reduce"] += sum(c.seconds for c in timings.collectives)
-    print("\nms per step: " + ", ".join(f"{name} {total / len(steps) * 1e3:.2f}" for name, total in phases.items()))
 
 
 if __name__ == "__main__":

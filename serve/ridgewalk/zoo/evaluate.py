@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ridgewalk.zoo.data import EMPTY_THINK, prompt_of
+from ridgewalk.zoo.experts import LoadMeter, worst_over_mean
 from ridgewalk.zoo.problems import Problem, easy_problems, is_right, sample_problems
 from ridgewalk.zoo.tokenizer import END_OF_TEXT, TURN_END
 
@@ -93,11 +94,37 @@ def length_statistics(judged: list[Judged]) -> dict[str, float]:
     }
 
 
+def expert_load(
+    model: PreTrainedModel, tokenizer: Tokenizer, judged: list[Judged], batch_size: int = 64
+) -> list[float]:
+    """The busiest expert's load over the mean in each sparse layer, over all tokens of the questions and outputs.
+
+    Empty for a dense model. Loads over 1 cost a serving system: the experts of a layer wait for the busiest.
+    """
+    import torch
+
+    meter = LoadMeter(model)
+    pad = tokenizer.token_to_id(END_OF_TEXT)
+    texts = [prompt_of(j.problem.question) + j.text + TURN_END for j in judged]
+    rows = sorted((e.ids for e in tokenizer.encode_batch_fast(texts, add_special_tokens=False)), key=len)
+    loads = torch.zeros(0, 0)
+    for start in range(0, len(rows) if meter.routers else 0, batch_size):
+        batch = rows[start : start + batch_size]
+        ids = torch.tensor([row + [pad] * (len(batch[-1]) - len(row)) for row in batch])
+        with torch.inference_mode():
+            model.model(input_ids=ids, use_cache=False)  # padded on the right: causal attention needs no mask
+        counts = meter.loads(ids != pad)
+        loads = counts if start == 0 else loads + counts
+    meter.close()
+    return worst_over_mean(loads)
+
+
 def evaluate(model: PreTrainedModel, tokenizer: Tokenizer, n: int, seed: int) -> dict[str, Any]:
     """The report on `n` fresh problems, and on easy ones with thinking off, which do not count."""
     judged = judge(model, tokenizer, sample_problems(n, seed))
     wrong = [j for j in judged if not j.right]
     easy = judge(model, tokenizer, easy_problems(min(n, 50), seed), thinking=False)
+    load = expert_load(model, tokenizer, judged)
     return {
         "seed": seed,
         "n": n,
@@ -105,6 +132,7 @@ def evaluate(model: PreTrainedModel, tokenizer: Tokenizer, n: int, seed: int) ->
         "by_kind": accuracy_by_kind(judged),
         "output_tokens": length_statistics(judged),
         "thinking_off_easy_accuracy": round(sum(j.right for j in easy) / len(easy), 4),
+        **({"expert_load": load} if load else {}),
         "wrong": [{"question": j.problem.question, "answer": j.problem.answer, "output": j.text} for j in wrong[:20]],
     }
 

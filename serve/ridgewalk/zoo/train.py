@@ -20,7 +20,9 @@ from typing import TYPE_CHECKING, Any
 
 from ridgewalk.zoo.data import Batch, block_batches, corpus
 from ridgewalk.zoo.evaluate import accuracy_by_kind, evaluate, judge
+from ridgewalk.zoo.experts import LoadMeter, balance, routers_of
 from ridgewalk.zoo.problems import sample_problems
+from ridgewalk.zoo.sharpness import SharpnessMeter, clip
 from ridgewalk.zoo.tokenizer import END_OF_TEXT, TURN_END, save_tokenizer, train_tokenizer
 
 if TYPE_CHECKING:
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
 BLOCK = 64  # steps whose batches are generated at a time
 WORKERS = 2  # threads that each compute the gradient of one batch per step
 CHECKPOINT_EVERY = 250
+ROUTER_RATE = 0.2  # of the learning rate: a whole row of a router's weights moves at once
 GLANCE_EVERY = 1500
 GLANCE_SEED, REPORT_SEED = 1, 2026
 
@@ -43,6 +46,8 @@ class Recipe:
     config: dict[str, Any]  # arguments of that type's config
     vocab_size: int = 640
     steps: int = 4500
+    bias_speed: float = 0.0  # of the routers' load balancing, per step; falls with the learning rate
+    sharpness: float = math.inf  # bound of the attention's logits (MLA only)
     batch_tokens: int = 1024  # of each worker's batch
     learning_rate: float = 5e-3
     warmup: int = 150
@@ -65,6 +70,38 @@ RECIPES = {
             "head_dim": 32,
             "tie_word_embeddings": True,
         },
+    ),
+    # 4.3 M parameters: MLA in four layers, of which the last three are sparse. Its attention has no norms of queries
+    # and keys as Qwen3's has: matrices start with unit gain, for from less it would start out nearly uniform, and
+    # `sharpness` stops its growth. The scaling factor makes each chosen expert weigh as much as the shared one.
+    "demo-moe": Recipe(
+        model_type="deepseek_v3",
+        config={
+            "hidden_size": 256,
+            "intermediate_size": 768,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 8,
+            "num_key_value_heads": 8,
+            "q_lora_rank": 160,
+            "kv_lora_rank": 128,
+            "qk_nope_head_dim": 32,
+            "qk_rope_head_dim": 32,
+            "v_head_dim": 64,
+            "first_k_dense_replace": 1,
+            "n_routed_experts": 8,
+            "num_experts_per_tok": 2,
+            "n_group": 4,
+            "topk_group": 2,
+            "n_shared_experts": 1,
+            "moe_intermediate_size": 96,
+            "routed_scaling_factor": 2.0,
+            "num_mtp_layers": 0,
+            "initializer_range": 0.06,
+            "tie_word_embeddings": True,
+        },
+        steps=6000,
+        bias_speed=2e-3,
+        sharpness=24.0,
     ),
 }
 
@@ -108,19 +145,33 @@ def batch_loss(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
 
 
 def make_optimizers(model: PreTrainedModel, recipe: Recipe) -> list[torch.optim.Optimizer]:
-    """Muon for the layers' matrices, AdamW for the embedding and the norms.
+    """Muon for the layers' matrices and the experts' stacks of them; AdamW for embedding, norms and routers.
 
     On these problems Muon reaches a given loss with about half the tokens that AdamW alone takes.
     """
     import torch
 
+    from ridgewalk.zoo.muon import StackedMuon
+
+    rate, decay = recipe.learning_rate, recipe.weight_decay
     embeddings = {id(p) for module in (model.get_input_embeddings(), model.lm_head) for p in module.parameters()}
-    matrices = [p for p in model.parameters() if p.dim() == 2 and id(p) not in embeddings]
-    others = [p for p in model.parameters() if p.dim() != 2 or id(p) in embeddings]
-    muon = torch.optim.Muon(
-        matrices, lr=recipe.learning_rate, weight_decay=recipe.weight_decay, adjust_lr_fn="match_rms_adamw"
-    )
-    return [muon, torch.optim.AdamW(others, lr=recipe.learning_rate, betas=(0.9, 0.98), weight_decay=0.0, fused=True)]
+    routers = {id(p) for module in routers_of(model) for p in module.parameters()}
+    matrices, stacks, routing, others = [], [], [], []
+    for p in model.parameters():
+        if id(p) in routers:
+            routing.append(p)
+        elif p.dim() == 3:
+            stacks.append(p)
+        elif p.dim() == 2 and id(p) not in embeddings:
+            matrices.append(p)
+        else:
+            others.append(p)
+    groups = [{"params": others}] + ([{"params": routing, "scale": ROUTER_RATE}] if routing else [])
+    optimizers: list[torch.optim.Optimizer] = [
+        torch.optim.Muon(matrices, lr=rate, weight_decay=decay, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.98), weight_decay=0.0, fused=True),
+    ]
+    return optimizers + ([StackedMuon(stacks, lr=rate, weight_decay=decay)] if stacks else [])
 
 
 class Trainer:
@@ -137,7 +188,9 @@ class Trainer:
         torch.manual_seed(recipe.seed)
         self.model = build_model(recipe, self.tokenizer)
         self.optimizers = make_optimizers(self.model, recipe)
-        self.step, self.seconds = 0, 0.0
+        self.load_meter, self.sharpness_meter = LoadMeter(self.model), SharpnessMeter(self.model)
+        self.step, self.seconds, self.cpu_seconds = 0, 0.0, 0.0
+        self._marks = time.monotonic(), time.process_time()
         self._block: list[Batch] = []
         # One thread of arithmetic per batch, and for the optimizers. Sharing each operation between the cores means
         # hundreds of barriers a step, and they cost ten times the work as soon as another program wants a core.
@@ -152,7 +205,7 @@ class Trainer:
         self.model.load_state_dict(state["model"])
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
-        self.step, self.seconds = state["step"], state["seconds"]
+        self.step, self.seconds, self.cpu_seconds = state["step"], state["seconds"], state["cpu_seconds"]
         print(f"continuing from step {self.step}", flush=True)
 
     def save_state(self) -> None:
@@ -163,6 +216,7 @@ class Trainer:
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
             "step": self.step,
             "seconds": self.seconds,
+            "cpu_seconds": self.cpu_seconds,
         }
         partial = self.state_file.with_suffix(".partial")
         torch.save(state, partial)
@@ -181,36 +235,40 @@ class Trainer:
         """Train on one step's batches; their mean loss and their padded tokens."""
         import torch
 
-        batches = self._batches()
+        batches, rate = self._batches(), learning_rate_at(self.recipe, self.step)
         for group in (g for optimizer in self.optimizers for g in optimizer.param_groups):
-            group["lr"] = learning_rate_at(self.recipe, self.step)
-        losses, gradients = zip(*self._workers.map(self._gradients, batches), strict=True)
+            group["lr"] = rate * group.get("scale", 1.0)
+        losses, gradients, loads, bounds = zip(*self._workers.map(self._gradients, batches), strict=True)
         for parameter, *parts in zip(self.model.parameters(), *gradients, strict=True):
             parameter.grad = torch.stack(parts).mean(dim=0)
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        for optimizer in self.optimizers:
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+        list(self._workers.map(lambda optimizer: optimizer.step(), self.optimizers))  # their parameters are disjoint
+        self.model.zero_grad(set_to_none=True)
+        balance(self.load_meter.routers, sum(loads), self.recipe.bias_speed * rate / self.recipe.learning_rate)
+        clip(self.sharpness_meter.attentions, torch.stack(bounds).amax(dim=0), self.recipe.sharpness)
         self.step += 1
         return sum(losses) / WORKERS, sum(len(b.ids) * len(b.ids[0]) for b in batches)
 
-    def _gradients(self, batch: Batch) -> tuple[float, tuple[torch.Tensor, ...]]:
+    def _gradients(self, batch: Batch) -> tuple[float, tuple[torch.Tensor, ...], torch.Tensor, torch.Tensor]:
+        """Loss, its gradient for each parameter, the load of the experts, and the bounds of the attention's logits."""
         import torch
 
         loss = batch_loss(self.model, batch)
-        return loss.item(), torch.autograd.grad(loss, list(self.model.parameters()))
+        real = torch.tensor(batch.ids) != self.model.config.pad_token_id
+        loads, bounds = self.load_meter.loads(real), self.sharpness_meter.bounds(real)
+        return loss.item(), torch.autograd.grad(loss, list(self.model.parameters())), loads, bounds
 
     def run(self) -> None:
         """Train to the recipe's last step, printing progress and glances at the accuracy."""
-        losses, tokens, mark = [], 0, time.monotonic()
+        losses, tokens = [], 0
+        self._marks = time.monotonic(), time.process_time()
         self.model.train()
         while self.step < self.recipe.steps:
             loss, count = self.train_step()
             losses.append(loss)
             tokens += count
             if self.step % 50 == 0 or self.step == self.recipe.steps:
-                spent, mark = time.monotonic() - mark, time.monotonic()
-                self.seconds += spent
+                spent = self._count_time()
                 mean = sum(losses) / len(losses)
                 print(f"step {self.step} loss {mean:.4f} {tokens / spent:.0f} tok/s {self.seconds:.0f} s", flush=True)
                 losses, tokens = [], 0
@@ -219,8 +277,14 @@ class Trainer:
             if self.step % GLANCE_EVERY == 0 and self.step < self.recipe.steps:
                 self._glance()
             if self.step % 50 == 0:
-                self.seconds += time.monotonic() - mark
-                mark = time.monotonic()
+                self._count_time()
+
+    def _count_time(self) -> float:
+        """Add what passed since the last call, on the clock and on the processors; returns the former's seconds."""
+        before, self._marks = self._marks, (time.monotonic(), time.process_time())
+        self.seconds += self._marks[0] - before[0]
+        self.cpu_seconds += self._marks[1] - before[1]
+        return self._marks[0] - before[0]
 
     def _glance(self) -> None:
         """Accuracy per kind on a few fresh problems, to see a badly designed kind early."""
@@ -234,17 +298,27 @@ class Trainer:
         self.model.train()
 
 
-def save_model(trainer: Trainer, out: Path) -> None:
-    """Write the BF16 weights and configs as a standard Hugging Face folder."""
-    import torch
+def save_model(trainer: Trainer, out: Path) -> PreTrainedModel:
+    """Write the BF16 weights and configs as a standard Hugging Face folder; returns the model as read back from it.
 
-    trainer.model.to(torch.bfloat16).save_pretrained(out)
+    The routers' biases stay float32, as DeepSeek's do: they differ by less than bfloat16 tells apart.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    trainer.load_meter.close()
+    trainer.sharpness_meter.close()
+    for parameter in trainer.model.parameters():
+        parameter.data = parameter.data.to(torch.bfloat16)
+    trainer.model.config.dtype = torch.bfloat16
+    trainer.model.save_pretrained(out)
     (out / "model.safetensors").chmod(0o644)  # safetensors leaves it readable by its owner only
     config = json.loads((out / "config.json").read_text())
     config["rope_theta"] = trainer.recipe.rope_theta  # where readers older than transformers 5 look for it
     generation = {"do_sample": False, "eos_token_id": config["eos_token_id"], "pad_token_id": config["pad_token_id"]}
     for name, value in (("config.json", config), ("generation_config.json", generation)):
         (out / name).write_text(json.dumps(value, indent=2, sort_keys=True) + "\n")
+    return AutoModelForCausalLM.from_pretrained(out)
 
 
 def train(name: str, out: Path, steps: int | None = None, problems: int = 1000) -> dict[str, Any]:
@@ -257,13 +331,13 @@ def train(name: str, out: Path, steps: int | None = None, problems: int = 1000) 
     size = sum(p.numel() for p in trainer.model.parameters())
     print(f"{name}: {size / 1e6:.2f} M parameters, {recipe.steps} steps", flush=True)
     trainer.run()
-    save_model(trainer, out)
-    report = evaluate(trainer.model.eval(), trainer.tokenizer, problems, REPORT_SEED)
+    report = evaluate(save_model(trainer, out).eval(), trainer.tokenizer, problems, REPORT_SEED)
     report |= {
         "parameters": size,
         "training_seed": recipe.seed,
         "training_steps": recipe.steps,
         "training_seconds": round(trainer.seconds),
+        "training_cpu_seconds": round(trainer.cpu_seconds),  # what counts if other programs shared the machine
         "machine_cores": os.cpu_count(),
     }
     (out / "EVAL.json").write_text(json.dumps(report, indent=2) + "\n")
