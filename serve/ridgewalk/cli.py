@@ -11,9 +11,11 @@ from rich.markup import escape
 
 from ridgewalk import __version__
 from ridgewalk.config import ConfigError, ModelConfig, PlacementConfig, ServeConfig, load_config, parse_config
+from ridgewalk.flags import in_flags
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
 ENGINE, PLACEMENT, SERVICE = "Engine", "Placement", "Service"
+_FIELDS = {"api_key": "api_keys", "served_model_name": "name"}  # of flags that are called otherwise
 
 
 def main() -> None:
@@ -134,13 +136,15 @@ def serve(
     ] = "ridgewalk",
 ) -> None:
     """Serve MODEL (or a configuration file) with an OpenAI-compatible API until Ctrl-C."""
-    service = _service_config(context)
     from ridgewalk.launch.deployment import ServiceError
-    from ridgewalk.launch.service import run_service
 
-    console = Console(soft_wrap=True)
     try:
-        run_service(service, console)
+        service = _service_config(context)
+        from ridgewalk.launch.service import run_service
+
+        run_service(service, Console(soft_wrap=True))
+    except ConfigError as error:
+        raise ConfigError(in_flags(str(error), _flags(context))) from None
     except ServiceError as error:
         _fail(error, 1)
 
@@ -194,6 +198,19 @@ def _overrides(context: typer.Context, values: dict[str, Any], path: Path) -> di
             raise ConfigError(f"{parameter.opts[0]} belongs to a model, and -c names a file: write it into {path}")
         overrides[field] = values[field]
     return overrides
+
+
+def _flags(context: typer.Context) -> dict[str, str]:
+    """The flag behind each field of the configuration: those given, if a file says the rest."""
+    flags = {}
+    for parameter in context.command.params:
+        if parameter.name in (None, "config") or (
+            context.params["config"] is not None and not _is_given(context, parameter.name)
+        ):
+            continue
+        field = _FIELDS.get(parameter.name, parameter.name)
+        flags[field] = parameter.opts[0] if parameter.opts[0].startswith("-") else parameter.name.upper()
+    return flags
 
 
 def _is_given(context: typer.Context, name: str) -> bool:

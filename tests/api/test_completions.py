@@ -45,6 +45,24 @@ async def test_default_limit_is_16(backend: FakeBackend, client: httpx.AsyncClie
     assert [call[2][0].sampling.max_tokens for call in backend.calls] == [16, 3]
 
 
+async def test_no_tokens_but_the_prompt(backend: FakeBackend, client: httpx.AsyncClient, model: ServedModel) -> None:
+    reply = await ask(client, ["One", "two"], max_tokens=0, echo=True, n=2, logprobs=None)
+    assert [choice["text"] for choice in reply["choices"]] == ["One", "One", "two", "two"]
+    assert {choice["finish_reason"] for choice in reply["choices"]} == {"length"}
+    assert (reply["usage"]["prompt_tokens"], reply["usage"]["completion_tokens"]) == (
+        sum(len(model.tokenizer.encode(text)) for text in ("One", "two")),
+        0,
+    )
+    assert text_of(await stream(client, max_tokens=0, echo=True)) == "One"
+    assert (await ask(client, max_tokens=0))["choices"][0]["text"] == ""
+    await ask(client, [5] * model.max_model_len, max_tokens=0)
+    too_long = await client.post(URL, json={"prompt": [5] * (model.max_model_len + 1), "max_tokens": 0})
+    assert (too_long.status_code, too_long.json()["error"]["param"]) == (400, "prompt")
+    both = await client.post(URL, json={"prompt": "One", "max_tokens": 0, "echo": True, "logprobs": 1})
+    assert (both.status_code, both.json()["error"]["param"]) == (400, "logprobs")
+    assert backend.calls == []
+
+
 @pytest.mark.parametrize(
     ("prompt", "texts"),
     [("One", ["One"]), (["One", "two"], ["One", "two"]), ([5, 6], [[5, 6]]), ([[5, 6], [7]], [[5, 6], [7]])],

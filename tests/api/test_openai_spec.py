@@ -64,7 +64,9 @@ async def test_chat(backend: FakeBackend, client: httpx.AsyncClient, check, fiel
         check("CreateChatCompletionStreamResponse", event)
 
 
-@pytest.mark.parametrize("fields", [{}, {"logprobs": 2, "n": 2}, {"stop": "three", "echo": True}, {"max_tokens": 3}])
+@pytest.mark.parametrize(
+    "fields", [{}, {"logprobs": 2, "n": 2}, {"stop": "three", "echo": True}, {"max_tokens": 3}, {"max_tokens": 0}]
+)
 async def test_completions(backend: FakeBackend, client: httpx.AsyncClient, check, fields: dict[str, Any]) -> None:
     backend.text = "One, two, three."
     check("CreateCompletionResponse", (await client.post("/v1/completions", json={"prompt": "x", **fields})).json())

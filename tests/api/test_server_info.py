@@ -49,6 +49,13 @@ async def test_request_ids(client: httpx.AsyncClient) -> None:
     assert odd.headers["x-request-id"] not in ("", "a b")
 
 
+async def test_request_ids_are_left_to_a_server_that_adds_them(backend: FakeBackend) -> None:
+    async with client_of(backend, adds_request_id=False) as client:
+        assert "x-request-id" not in (await client.get("/nowhere", headers={"x-request-id": "mine"})).headers
+        first, second = [(await client.post("/v1/chat/completions", json=chat())).json()["id"] for _ in range(2)]
+    assert first != second
+
+
 async def test_api_keys(backend: FakeBackend) -> None:
     async with client_of(backend, api_keys=["one", "zwö"]) as client:
         for headers in (

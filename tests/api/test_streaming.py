@@ -11,8 +11,10 @@ import pytest
 
 from ridgewalk.api.app import build_app
 from ridgewalk.api.backend import BackendError, TokenEvent
+from ridgewalk.api.open_replies import OpenReplies
 from tests.api.conftest import chat
 from tests.api.fake_backend import FakeBackend, say
+from tests.api.test_observer import Recorder
 
 CHAT = "/v1/chat/completions"
 
@@ -118,9 +120,9 @@ async def test_error_after_all_is_said_is_no_error(backend: FakeBackend, client:
 @pytest.mark.parametrize("streamed", [False, True])
 @pytest.mark.parametrize("tokens_before", [0, 2])
 async def test_disconnect_ends_the_generation(backend: FakeBackend, streamed: bool, tokens_before: int) -> None:
-    never = asyncio.Event()
+    never, seen = asyncio.Event(), Recorder()
     backend.script = lambda model, sequences: [*say(model, sequences, "one two three")[:tokens_before], never]
-    connection = Connection(backend, chat(stream=streamed))
+    connection = Connection(backend, chat(stream=streamed), observer=seen)
     running = asyncio.create_task(connection.run())
     while not backend.streams:
         await asyncio.sleep(0)
@@ -129,18 +131,55 @@ async def test_disconnect_ends_the_generation(backend: FakeBackend, streamed: bo
     connection.hung_up.set()
     await running
     assert backend.streams[0].closed.is_set()
+    assert seen.of("on_error") == [("tiny", 499)]
 
 
-async def test_cancelled_request_ends_the_generation(backend: FakeBackend) -> None:
-    backend.script = lambda model, sequences: [*say(model, sequences, "one two three")[:1], asyncio.Event()]
-    running = asyncio.create_task(Connection(backend, chat(stream=True)).run())
+@pytest.mark.parametrize("streamed", [False, True])
+@pytest.mark.parametrize("tokens_before", [0, 1])
+@pytest.mark.parametrize("hears_of_it", [False, True])
+async def test_cancelled_request_ends_the_generation(
+    backend: FakeBackend, streamed: bool, tokens_before: int, hears_of_it: bool
+) -> None:
+    """As Serve does it when a client leaves; the application may or may not hear of the disconnect besides."""
+    never, seen = asyncio.Event(), Recorder()
+    backend.script = lambda model, sequences: [*say(model, sequences, "one two three")[:tokens_before], never]
+    connection = Connection(backend, chat(stream=streamed), observer=seen)
+    running = asyncio.create_task(connection.run())
     while not backend.streams:
         await asyncio.sleep(0)
     await backend.streams[0].waiting.wait()
+    if hears_of_it:
+        connection.hung_up.set()
+        await asyncio.sleep(0)
     running.cancel()
     with pytest.raises(asyncio.CancelledError):
         await running
     assert backend.streams[0].closed.is_set()
+    assert seen.of("on_error") == [("tiny", 499)]
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+@pytest.mark.parametrize("tokens_before", [0, 2])
+async def test_a_server_that_ends_says_so(backend: FakeBackend, streamed: bool, tokens_before: int) -> None:
+    never, seen, replies = asyncio.Event(), Recorder(), OpenReplies()
+    backend.script = lambda model, sequences: [*say(model, sequences, "one two three")[:tokens_before], never]
+    connection = Connection(backend, chat(stream=streamed), observer=seen, open_replies=replies)
+    running = asyncio.create_task(connection.run())
+    while not backend.streams:
+        await asyncio.sleep(0)
+    await backend.streams[0].waiting.wait()
+    replies.end_all()
+    await running
+    begun = streamed and tokens_before > 0
+    assert connection.sent[0]["status"] == (200 if begun else 503)
+    last = connection.chunks[-1]
+    assert json.loads(last.removeprefix(b"data: "))["error"]["type"] == "server_error"
+    assert connection.sent[-1].get("more_body", False) is False
+    assert backend.streams[0].closed.is_set()
+    late = Connection(backend, chat(stream=streamed), open_replies=replies)
+    await late.run()
+    assert late.sent[0]["status"] == 503
+    assert seen.of("on_error") == [("tiny", 503)]
 
 
 async def test_disconnect_before_the_body_is_complete(backend: FakeBackend) -> None:

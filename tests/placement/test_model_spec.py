@@ -57,6 +57,7 @@ def test_flops_grow_with_context():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"architectures": None, "model_type": None}, "`architectures` is missing"),
         ({"architectures": ["GPT2LMHeadModel"]}, r"GPT2LMHeadModel is not supported \(supported: Llama"),
         ({"architectures": ["MistralForCausalLM"], "sliding_window": 4096}, "sliding_window of this mistral config"),
         ({"use_sliding_window": True, "sliding_window": 4096}, "use_sliding_window"),

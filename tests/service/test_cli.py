@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import subprocess
 import sys
@@ -18,6 +19,7 @@ import yaml
 
 from ridgewalk.load.scrape import Scrape
 from ridgewalk.replica.host import free_port
+from tests.launch.addresses import can_listen, own_address
 from tests.service.conftest import MODEL
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
@@ -53,9 +55,9 @@ def wait_ready(process: subprocess.Popen[str]) -> str:
     raise AssertionError(f"the service ended before it was ready:\n{printed}")
 
 
-def ask(port: int) -> str:
+def ask(url: str) -> str:
     body = {"model": MODEL, "temperature": 0, "messages": [{"role": "user", "content": "What is 27 + 58?"}]}
-    reply = httpx.post(f"http://127.0.0.1:{port}/v1/chat/completions", json=body, timeout=60)
+    reply = httpx.post(f"{url}/v1/chat/completions", json=body, timeout=60)
     return reply.json()["choices"][0]["message"]["content"].strip()
 
 
@@ -64,30 +66,71 @@ def test_two_services_live_on_one_machine_and_leave_nothing_behind(start: Start,
     hybrid = tmp_path / "hybrid.yaml"
     placements = [{"replicas": 2, "num_blocks": 256}, {"tensor_parallel_size": 2, "num_blocks": 256}]
     hybrid.write_text(yaml.safe_dump({"models": [{"model": MODEL, "placements": placements}]}))
+    hosts = [own_address() or "127.0.0.1", "::" if can_listen("::") else "0.0.0.0"]
+    urls = [f"http://{host}:{port}" for host, port in zip([hosts[0], "127.0.0.1"], ports, strict=True)]
     services = [
-        start(*arguments, "--host", "127.0.0.1", "--port", str(port))
-        for arguments, port in zip(([MODEL, "--num-blocks", "512"], ["-c", str(hybrid)]), ports, strict=True)
+        start(*arguments, "--host", host, "--port", str(port))
+        for arguments, host, port in zip(
+            ([MODEL, "--num-blocks", "512"], ["-c", str(hybrid)]), hosts, ports, strict=True
+        )
     ]
-    for process, port in zip(services, ports, strict=True):
-        assert "curl" in wait_ready(process)
-        with ThreadPoolExecutor(12) as pool:
-            assert set(pool.map(ask, [port] * 12)) == {"85"}
-    assert used_placements(ports[0]) == {"TP1": 1}
-    assert used_placements(ports[1]) == {"DP2": 2, "TP2": 1}
+    with ThreadPoolExecutor(1) as watcher:
+        starting = watcher.submit(statuses_until_ready, urls[0])
+        for process, url in zip(services, urls, strict=True):
+            printed = wait_ready(process)
+            assert "curl" in printed
+            assert "\x1b" not in printed  # colours are for terminals
+            with ThreadPoolExecutor(12) as pool:
+                assert set(pool.map(ask, [url] * 12)) == {"85"}
+        assert starting.result() <= {None, 503, 200}
+    streaming = ThreadPoolExecutor(1).submit(stream_to_the_end, urls[0])
+    if hosts[1] == "::":
+        assert ask(f"http://[::1]:{ports[1]}") == "85"
+    assert used_placements(urls[0]) == {"TP1": 1}
+    assert used_placements(urls[1]) == {"DP2": 2, "TP2": 1}
     for process in services:
         family = psutil.Process(process.pid).children(recursive=True)
-        assert any("haproxy" in child.name() for child in family)
+        haproxy = next(child for child in family if "haproxy" in child.name())
+        folder = Path(haproxy.cmdline()[haproxy.cmdline().index("-f") + 1]).parents[1]
+        assert folder.is_dir()
         asked = time.monotonic()
         process.send_signal(signal.SIGINT)
         assert process.wait(30) == 0
         assert time.monotonic() - asked < 10  # the promise of the README
+        if process is services[0]:
+            assert json.loads(streaming.result(5)[-1].removeprefix("data: "))["error"]["type"] == "server_error"
         _, alive = psutil.wait_procs(family, timeout=0)
         assert [child for child in alive if child.status() != psutil.STATUS_ZOMBIE] == []
+        assert not folder.exists()
 
 
-def used_placements(port: int) -> dict[str, int]:
+def statuses_until_ready(url: str) -> set[int | None]:
+    """What ``/health`` answered until 200; None: it was refused."""
+    seen: set[int | None] = set()
+    with httpx.Client(trust_env=False, timeout=5) as client:
+        while 200 not in seen:
+            try:
+                seen.add(client.get(f"{url}/health").status_code)
+            except httpx.TransportError:
+                seen.add(None)
+            time.sleep(0.02)
+    return seen
+
+
+def stream_to_the_end(url: str) -> list[str]:
+    """The lines of endless streams, one request after the other, until one ends otherwise."""
+    fields = {"max_tokens": 1900, "ignore_eos": True, "stream": True}
+    body = {"model": MODEL, "messages": [{"role": "user", "content": "What is 27 + 58?"}], **fields}
+    while True:
+        with httpx.stream("POST", f"{url}/v1/chat/completions", json=body, timeout=60, trust_env=False) as reply:
+            lines = [line for line in reply.iter_lines() if line]
+        if lines[-1] != "data: [DONE]":
+            return lines
+
+
+def used_placements(url: str) -> dict[str, int]:
     """Replicas that computed tokens, by placement; every replica that shall run answered the scrape."""
-    scrape = Scrape.parse(httpx.get(f"http://127.0.0.1:{port}/metrics", timeout=10).text)
+    scrape = Scrape.parse(httpx.get(f"{url}/metrics", timeout=10).text)
     assert scrape.total("ridgewalk_scrape_missing_replicas") == 0
     placements = [
         dict(labels)["placement"]
@@ -97,7 +140,8 @@ def used_placements(port: int) -> dict[str, int]:
     return dict(Counter(placements))
 
 
-def test_a_service_that_is_stopped_while_it_starts_leaves_nothing_behind(start: Start) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_service_that_is_stopped_while_it_starts_leaves_nothing_behind(start: Start, number: signal.Signals) -> None:
     process = start(MODEL, "--host", "127.0.0.1", "--port", str(free_port("127.0.0.1")))
     assert process.stdout is not None
     for line in process.stdout:
@@ -106,8 +150,9 @@ def test_a_service_that_is_stopped_while_it_starts_leaves_nothing_behind(start: 
     parent = psutil.Process(process.pid)
     while not (family := parent.children(recursive=True)):
         time.sleep(0.02)
-    process.send_signal(signal.SIGINT)
-    process.wait(30)
+    process.send_signal(number)
+    assert process.wait(30) == 0
+    assert process.stdout.read().endswith("stopped\n")
     _, alive = psutil.wait_procs(family, timeout=0)
     assert [child for child in alive if child.status() != psutil.STATUS_ZOMBIE] == []
 
@@ -117,12 +162,12 @@ def test_a_service_that_is_stopped_while_it_starts_leaves_nothing_behind(start: 
     [
         (["nonsense"], "neither a model of the zoo"),
         ([], "name either a MODEL or a configuration file"),
-        ([MODEL, "-pp", "200"], "pipeline_parallel_size"),
+        ([MODEL, "-pp", "200"], "--pipeline-parallel-size"),
         ([MODEL, "-dp", "2", "--enable-expert-parallel"], "is dense"),
-        ([MODEL, "--num-redundant-experts", "2"], "num_redundant_experts needs enable_expert_parallel"),
-        ([MODEL, "-tp", "3"], "tensor_parallel_size"),
+        ([MODEL, "--num-redundant-experts", "2"], "--num-redundant-experts needs --enable-expert-parallel"),
+        ([MODEL, "-tp", "3"], "--tensor-parallel-size"),
         ([MODEL, "--memory", "1MiB"], "raise --memory"),
-        ([MODEL, "--max-model-len", "10000000"], "max_model_len"),
+        ([MODEL, "--max-model-len", "10000000"], "--max-model-len"),
         ([MODEL, "--num-blocks", "2"], "--num-blocks"),
         ([MODEL, "--port", "1", "--host", "203.0.113.1"], "choose another with --port"),
     ],

@@ -109,12 +109,37 @@ def test_many_clients_at_once_get_right_answers_and_exact_counts(
 
 
 def test_a_client_that_leaves_frees_its_blocks(service_url: str, scrape: Callable[[], Scrape]) -> None:
+    def departures() -> float:
+        return scrape().total("ridgewalk_request_errors_total", model_name=MODEL, status="499")
+
+    before = departures()
     fields = {"max_tokens": 900, "ignore_eos": True, "stream": True}
     with httpx.stream("POST", f"{service_url}/v1/chat/completions", json=body(**fields), timeout=30) as reply:
         lines = reply.iter_lines()  # kept: httpx hangs up when the iterator is gone
         next(lines)
         assert eventually(lambda: scrape().total("ridgewalk_num_requests_running") == 1, 3)
     assert eventually(idle(scrape), 5)
+    with pytest.raises(httpx.ReadTimeout):  # not a stream: nothing was sent yet
+        httpx.post(f"{service_url}/v1/chat/completions", json=body(max_tokens=900, ignore_eos=True), timeout=0.5)
+    assert eventually(idle(scrape), 5)
+    assert eventually(lambda: departures() == before + 2, 5)
+    time.sleep(0.2)
+    assert departures() == before + 2
+
+
+def test_every_reply_has_one_request_id(service_url: str) -> None:
+    chat = f"{service_url}/v1/chat/completions"
+    mine = {"x-request-id": "mine"}
+    replies = [
+        httpx.get(f"{service_url}/health", headers=mine),
+        httpx.get(f"{service_url}/nowhere", headers=mine),
+        httpx.post(chat, json=body(max_tokens=0), headers=mine),
+        httpx.post(chat, json=body(max_tokens=2), headers=mine),
+        httpx.post(chat, json=body(max_tokens=2, stream=True), headers=mine),
+    ]
+    assert [reply.status_code for reply in replies] == [200, 404, 400, 200, 200]
+    assert [reply.headers.get_list("x-request-id") for reply in replies] == [["mine"]] * 5
+    assert len(httpx.get(f"{service_url}/health").headers.get_list("x-request-id")) == 1
 
 
 def test_clients_that_connect_and_vanish_leave_the_pool_whole(

@@ -90,3 +90,10 @@ def test_unknown_names_are_refused(tmp_path: Path) -> None:
         make_random_checkpoint("q7b", tmp_path)
     with pytest.raises(ValueError, match="float32"):
         make_random_checkpoint("q50m", tmp_path, dtype="int4")
+
+
+def test_a_model_is_not_overwritten(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match="remove it or name another"):
+        make_random_checkpoint("q50m", tmp_path)
+    assert [file.name for file in tmp_path.iterdir()] == ["config.json"]

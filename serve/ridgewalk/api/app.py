@@ -23,6 +23,7 @@ from ridgewalk.api.errors import CLIENT_CLOSED_REQUEST, ApiError, ClientDisconne
 from ridgewalk.api.http import RequestIdMiddleware, error_response
 from ridgewalk.api.info_handlers import InfoHandlers
 from ridgewalk.api.observer import NullObserver, RequestObserver
+from ridgewalk.api.open_replies import OpenReplies
 from ridgewalk.api.service import Service
 from ridgewalk.api.tokenize_handler import TokenizeHandler
 
@@ -37,19 +38,30 @@ def build_app(
     api_keys: Collection[str] = (),
     max_body_bytes: int = MAX_BODY_BYTES,
     version: str = ridgewalk.__version__,
+    adds_request_id: bool = True,
+    open_replies: OpenReplies | None = None,
     observer: RequestObserver | None = None,
     clock: Callable[[], float] = time.perf_counter,
     wall_clock: Callable[[], float] = time.time,
 ) -> Starlette:
     """The OpenAI-compatible application in front of ``backend``.
 
-    ``api_keys``: none means open to all. ``observer`` keeps metrics of requests, in seconds of ``clock``;
+    ``api_keys``: none means open to all. ``adds_request_id``: False where the server gives replies their
+    ``x-request-id``. ``open_replies``: can end them. ``observer`` keeps metrics of requests, in seconds of ``clock``;
     ``wall_clock`` gives the ``created`` of answers. ``backend.models`` is read at each request: models may come and go.
     """
     if not all(key.strip() for key in api_keys):
         raise ValueError("An API key is empty.")
-    service = Service(backend, max_body_bytes, version, observer or NullObserver(), clock, wall_clock)
-    middleware = [Middleware(RequestIdMiddleware)]
+    service = Service(
+        backend,
+        max_body_bytes,
+        version,
+        observer or NullObserver(),
+        clock,
+        wall_clock,
+        open_replies or OpenReplies(),
+    )
+    middleware = [Middleware(RequestIdMiddleware, adds_header=adds_request_id)]
     if api_keys:
         middleware.append(Middleware(ApiKeyMiddleware, keys=api_keys, observer=service.observer))
     app = Starlette(

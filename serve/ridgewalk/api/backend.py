@@ -72,16 +72,20 @@ class TokenStream(Protocol):
         ...
 
 
-class Backend(Protocol):
+class TokenSource(Protocol):
+    """What generates."""
+
+    def generate(self, model: str, request_id: str, sequences: list[Sequence]) -> TokenStream:
+        """Start generating. Errors come out of the stream."""
+        ...
+
+
+class Backend(TokenSource, Protocol):
     """Everything the API layer asks for."""
 
     @property
     def models(self) -> Mapping[str, ServedModel]:
         """Served models by name, in the order of the configuration."""
-        ...
-
-    def generate(self, model: str, request_id: str, sequences: list[Sequence]) -> TokenStream:
-        """Start generating. Errors come out of the stream."""
         ...
 
     def not_ready(self) -> str | None:

@@ -79,7 +79,7 @@ class ChatHandler:
             continuous_usage=options is not None and options.continuous_usage_stats is True,
         )
         service.observer.on_request(model.name, request.url.path)
-        return GenerationReply(generation, writer, stream=call.stream is True)
+        return GenerationReply(generation, writer, stream=call.stream is True, open_replies=service.open_replies)
 
 
 async def render_chat(

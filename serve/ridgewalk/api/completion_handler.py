@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator
+
 import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 
-from ridgewalk.api.backend import Sequence, ServedModel
+from ridgewalk.api.backend import Sequence, ServedModel, TokenEvent, TokenStream
 from ridgewalk.api.body import decode_body, read_body
 from ridgewalk.api.completion_protocol import (
     DEFAULT_MAX_TOKENS,
@@ -50,7 +52,7 @@ class CompletionHandler:
         prompt_ids = await _token_ids(model, asked, call.add_special_tokens is not False)
         stops = call.stop_strings
         generation = Generation(
-            service.backend,
+            _PromptsOnly() if call.max_tokens == 0 else service.backend,
             model,
             new_request_id(request, "cmpl-"),
             [sequence for ids in prompt_ids for sequence in _sequences(call, model, ids)],
@@ -76,7 +78,30 @@ class CompletionHandler:
             continuous_usage=options is not None and options.continuous_usage_stats is True,
         )
         service.observer.on_request(model.name, request.url.path)
-        return GenerationReply(generation, writer, stream=call.stream is True)
+        return GenerationReply(generation, writer, stream=call.stream is True, open_replies=service.open_replies)
+
+
+class _PromptsOnly:
+    """Where ``max_tokens: 0`` generates: every sequence ends as it begins."""
+
+    def generate(self, model: str, request_id: str, sequences: list[Sequence]) -> TokenStream:
+        return _Ended(len(sequences))
+
+
+class _Ended:
+    """The stream of sequences without tokens."""
+
+    def __init__(self, num_sequences: int) -> None:
+        self._events = [TokenEvent(index, [], finish_reason="length") for index in range(num_sequences)]
+
+    async def __aiter__(self) -> AsyncIterator[list[TokenEvent]]:
+        yield self._events
+
+    def finish(self, index: int, reason: str) -> None:
+        """All have ended."""
+
+    async def aclose(self) -> None:
+        """Nothing runs."""
 
 
 async def _token_ids(model: ServedModel, asked: list[str | list[int]], add_special_tokens: bool) -> list[list[int]]:

@@ -18,6 +18,7 @@ class CompletionRequest(SamplingFields, kw_only=True):
     """Body of the request."""
 
     prompt: str | list[TokenId | str | list[TokenId]]
+    max_tokens: Annotated[int, Meta(ge=0, le=2**31 - 1)] | None = None  # 0: nothing but the prompt, with `echo`
     best_of: int | None = None
     echo: bool | None = None
     logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None

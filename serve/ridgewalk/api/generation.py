@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator, Callable, Sequence
 
 from ridgewalk.api import backend
-from ridgewalk.api.backend import Backend, BackendError, ServedModel, TokenEvent
+from ridgewalk.api.backend import BackendError, ServedModel, TokenEvent, TokenSource
 from ridgewalk.api.observer import RequestObserver
 from ridgewalk.api.output import OutputDelta, OutputOptions, SequenceOutput
 from ridgewalk.api.usage import Usage
@@ -18,7 +18,7 @@ class Generation:
 
     def __init__(
         self,
-        source: Backend,
+        source: TokenSource,
         model: ServedModel,
         request_id: str,
         sequences: Sequence[backend.Sequence],

@@ -30,10 +30,14 @@ def new_request_id(request: Request, prefix: str) -> str:
 
 
 class RequestIdMiddleware:
-    """Every response carries ``x-request-id``: the client's own, or one made here."""
+    """Every request gets an id of its own, and every response ``x-request-id``: the client's, or that one.
 
-    def __init__(self, app: ASGIApp) -> None:
+    ``adds_header``: False where the server adds the header, as Serve does.
+    """
+
+    def __init__(self, app: ASGIApp, adds_header: bool = True) -> None:
         self._app = app
+        self._adds_header = adds_header
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -41,6 +45,9 @@ class RequestIdMiddleware:
             return
         uid = uuid.uuid4().hex
         scope["state"] = {**scope.get("state", {}), "request_uid": uid}
+        if not self._adds_header:
+            await self._app(scope, receive, send)
+            return
         shown = _client_request_id(scope) or uid
 
         async def send_with_id(message: Message) -> None:

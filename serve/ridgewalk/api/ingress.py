@@ -13,6 +13,7 @@ from starlette.types import ASGIApp
 
 from ridgewalk import __version__
 from ridgewalk.api.app import build_app
+from ridgewalk.api.open_replies import OpenReplies
 from ridgewalk.api.served_model import load_served_model
 from ridgewalk.logs import configure_logging
 from ridgewalk.metrics.ingress_metrics import IngressMetrics
@@ -49,6 +50,7 @@ class Ingress:
     async def __init__(self, settings: IngressSettings, handles: dict[str, dict[str, DeploymentHandle]]) -> None:
         configure_logging()
         self._settings = settings
+        self._replies = OpenReplies()
         names = [model.name for model in settings.models]
         self._metrics = IngressMetrics(str(serve.get_replica_context().rank.rank), names)
         models = [
@@ -64,8 +66,14 @@ class Ingress:
             api_keys=self._settings.api_keys,
             max_body_bytes=self._settings.max_body_bytes,
             version=__version__,
+            adds_request_id=False,  # Serve does
+            open_replies=self._replies,
             observer=self._metrics,
         )
+
+    async def end_replies(self) -> None:
+        """The service ends now: so do its streams, with an error event."""
+        self._replies.end_all()
 
     def __del__(self) -> None:
         if hasattr(self, "_backend"):

@@ -135,8 +135,8 @@ def output_limit(
     Raises `ApiError` with code ``context_length_exceeded`` when prompt and output do not fit.
     """
     left = model.max_model_len - prompt_tokens
-    if left >= (asked or 1):
-        return asked or min(left, default or left)
+    if left >= (1 if asked is None else asked):
+        return min(left, default or left) if asked is None else asked
     asks = f"{prompt_tokens} tokens of prompt" + (f" and {asked} of output (`{limit_param}`)" if asked else "")
     raise ApiError(
         f"The context of model {model.name} holds {model.max_model_len} tokens, prompt and output together, "

@@ -13,6 +13,7 @@ from starlette.requests import Request
 from ridgewalk.api.backend import Backend, ServedModel
 from ridgewalk.api.errors import ApiError
 from ridgewalk.api.observer import NullObserver, RequestObserver
+from ridgewalk.api.open_replies import OpenReplies
 from ridgewalk.api.tokenizer import Tokenizer
 
 T = TypeVar("T")
@@ -31,6 +32,7 @@ class Service:
     observer: RequestObserver = field(default_factory=NullObserver)
     clock: Callable[[], float] = time.perf_counter
     wall_clock: Callable[[], float] = time.time
+    open_replies: OpenReplies = field(default_factory=OpenReplies)
 
     def model(self, request: Request, name: str | None) -> ServedModel:
         """The model that a request names; the only one, if it names none. Raises `ApiError`."""

@@ -6,6 +6,7 @@ import logging
 import re
 import threading
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -51,7 +52,7 @@ def deploy(config: ServeConfig, models: list[PlannedModel], console: Console) ->
     """Run the application and wait until every deployment is healthy.
 
     Raises:
-        ServiceError: a replica failed to start.
+        ServiceError: a replica failed to start, or a proxy does not find the ingress.
     """
     import ray
     from ray import serve
@@ -64,11 +65,22 @@ def deploy(config: ServeConfig, models: list[PlannedModel], console: Console) ->
     watcher.start()
     try:
         serve.run(build_application(config, models), name=config.app_name, route_prefix="/")
-    except (RuntimeError, RayServeException, ray.exceptions.RayError) as error:
+    except (RuntimeError, TimeoutError, RayServeException, ray.exceptions.RayError) as error:
         raise ServiceError(_deployment_problem(config.app_name) or error_sentence(str(error))) from None
     finally:
         done.set()
         watcher.join(1.0)  # it may be waiting for a controller that is gone
+
+
+def end_replies(app_name: str, timeout_s: float) -> None:
+    """Have every ingress end its open replies in order, rather than break them off when its process ends."""
+    import ray
+    from ray import serve
+    from ray.serve.exceptions import RayServeException
+
+    # Nothing to be said to clients in time is no reason not to end.
+    with suppress(RuntimeError, TimeoutError, RayServeException, ray.exceptions.RayError):
+        serve.get_app_handle(app_name).broadcast("end_replies").results(timeout_s=timeout_s)
 
 
 def error_sentence(text: str) -> str:

@@ -18,9 +18,13 @@ from rich.console import Console
 
 from ridgewalk.config import ConfigError, ServeConfig
 from ridgewalk.launch.deployment import ServiceError, error_sentence
+from ridgewalk.launch.local_ray import plain_log_prefix
 
 CONNECT_TIMEOUT_S = 5.0
 DELETE_TIMEOUT_S = 5.0
+HOSTS = ("0.0.0.0", "127.0.0.1", "localhost")
+"""Where Serve can be told to listen. With any other host its HAProxy does not reach the ingress on its own node: it
+dials the loopback address, and the ingress listens on the host alone."""
 
 
 @dataclass(frozen=True)
@@ -85,6 +89,7 @@ def _prepare_environment(address: str) -> None:
     """What Ray reads when it connects; to be set before it is imported."""
     os.environ.setdefault("RAY_NUM_REDIS_GET_RETRIES", "5")  # seconds: something listens there, so it may answer
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "error")  # each failed attempt is a line otherwise
+    plain_log_prefix()
     # `ray start` protects a cluster with this user's token if there is one; `ray.init` sends it unasked to "auto" only.
     has_token = any(os.environ.get(name) for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"))
     has_token = has_token or (Path.home() / ".ray" / "auth_token").exists()
@@ -136,9 +141,14 @@ def adopt(config: ServeConfig, found: RunningServe | None, console: Console) -> 
     """``config`` with the host and port of the Serve that runs already: Serve cannot listen on a second port.
 
     Raises:
-        ConfigError: an application is there already where this one would go.
+        ConfigError: an application is there already where this one would go, or Serve cannot listen on the host.
     """
     if found is None:
+        if config.host not in HOSTS:
+            raise ConfigError(
+                f"host: Serve listens on every node of a cluster, so {config.host} cannot be asked for; choose one of "
+                f"{', '.join(HOSTS)}"
+            )
         return config
     for name, route in found.routes.items():
         if route == "/":

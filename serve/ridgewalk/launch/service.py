@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import threading
 import time
@@ -15,7 +16,8 @@ from rich.console import Console
 
 from ridgewalk.config import ConfigError, ServeConfig
 from ridgewalk.launch import joined_ray, local_ray
-from ridgewalk.launch.deployment import ServiceError, deploy, start_serve
+from ridgewalk.launch.deployment import ServiceError, deploy, end_replies, start_serve
+from ridgewalk.launch.haproxy import SERVE_HOST
 from ridgewalk.launch.stopping import Stopped, StopSignals, wait_for_stop
 from ridgewalk.load.scrape import Scrape
 from ridgewalk.replica.engine_config import describe_expert_balance, describe_mesh
@@ -26,6 +28,9 @@ if TYPE_CHECKING:
 READY_TIMEOUT_S = 1800.0
 DRAIN_TIMEOUT_S = 3.0
 """What running requests get to end in when a service on this machine is stopped."""
+
+END_TIMEOUT_S = 1.0
+"""What the others then get to hear that they must end, and again for their clients to be told."""
 
 
 def run_service(config: ServeConfig, console: Console) -> None:
@@ -62,9 +67,9 @@ def running_service(config: ServeConfig, console: Console) -> Iterator[str]:
 
 @contextmanager
 def _local(config: ServeConfig, console: Console, signals: StopSignals) -> Iterator[str]:
-    _check_port(config)
+    address = listen_address(config)
     started = time.monotonic()
-    mark = local_ray.prepare_environment()
+    surroundings = local_ray.prepare_environment()
     from ridgewalk.app import needed_cpus, resolve
 
     models = resolve(config)
@@ -74,20 +79,25 @@ def _local(config: ServeConfig, console: Console, signals: StopSignals) -> Itera
     ready = False
     try:
         console.print("starting Ray on this machine")
-        local_ray.start_ray(needed_cpus(config))
+        local_ray.start_ray(surroundings, needed_cpus(config), address)
         signals.install()
-        start_serve(config)
+        start_serve(config.model_copy(update={"host": SERVE_HOST}))
         deploy(config, models, console)
         _wait_healthy(lambda: url)
         console.print(f"ready after {time.monotonic() - started:.1f} s")
         ready = True
         yield url
+    except (SystemExit, KeyboardInterrupt) as error:
+        if ready or (isinstance(error, SystemExit) and error.code != signal.SIGTERM):
+            raise
+        raise Stopped from None  # what Ray makes of a signal while it starts
     finally:
         signals.begin_stop()
         console.print("stopping ...")
-        if ready:
-            drain(url, signals.again)
-        local_ray.stop_ray(mark, signals.again)
+        if ready and not drain(url, signals.again):
+            end_replies(config.app_name, END_TIMEOUT_S)
+            drain(url, signals.again, END_TIMEOUT_S)
+        local_ray.stop_ray(surroundings, signals.again)
 
 
 @contextmanager
@@ -130,17 +140,18 @@ def _joined(config: ServeConfig, console: Console, signals: StopSignals) -> Iter
             joined_ray.delete_application(config.app_name, deployed_at, signals.again, console)
 
 
-def drain(url: str, again: threading.Event) -> None:
-    """Wait until no request runs, `DRAIN_TIMEOUT_S` at most, less when ``again`` is set."""
-    deadline = time.monotonic() + DRAIN_TIMEOUT_S
+def drain(url: str, again: threading.Event, timeout_s: float = DRAIN_TIMEOUT_S) -> bool:
+    """Wait until no request runs, ``timeout_s`` at most, less when ``again`` is set. False if some still do."""
+    deadline = time.monotonic() + timeout_s
     with httpx.Client(trust_env=False) as client:
         while (left := deadline - time.monotonic()) > 0 and not again.wait(0.05):
             try:
                 scrape = Scrape.parse(client.get(f"{url}/metrics", timeout=left).text)
             except httpx.HTTPError:
-                return  # there is nothing left to wait for
+                return True  # there is nothing left to wait for
             if not scrape.total("ridgewalk_num_requests_running") + scrape.total("ridgewalk_num_requests_waiting"):
-                return
+                return True
+    return again.is_set()
 
 
 def _wait_healthy(url: Callable[[], str]) -> str:
@@ -190,14 +201,16 @@ def _print_plan(models: list[PlannedModel], console: Console) -> None:
             )
 
 
-def _check_port(config: ServeConfig) -> None:
-    """Refuse a host or port that cannot be listened on.
+def listen_address(config: ServeConfig) -> str:
+    """The numeric address that ``host`` means. Refuses a host or port that cannot be listened on.
 
     Raises:
         ConfigError: says why.
     """
     try:
-        found = socket.getaddrinfo(config.host or None, config.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        found = socket.getaddrinfo(
+            config.host or "0.0.0.0", config.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )
         family, kind, protocol, _, address = found[0]
         with socket.socket(family, kind, protocol) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -207,6 +220,12 @@ def _check_port(config: ServeConfig) -> None:
             f"port {config.port} on {config.host} cannot be used ({error.strerror}); choose another with --port, or "
             "another --host"
         ) from None
+    if len(address) == 4 and address[3]:
+        raise ConfigError(
+            f"--host {config.host} is an address of one link only, which HAProxy cannot listen on; choose another "
+            "address of this machine, 0.0.0.0 or ::"
+        )
+    return str(address[0])
 
 
 def _check_gpus(config: ServeConfig) -> None:

@@ -40,6 +40,7 @@ class StopSignals:
     def begin_stop(self) -> None:
         """The end has begun, whatever the reason: from now on a signal can only hasten it."""
         self._stopping = True
+        signal.alarm(0)  # a SIGTERM while Ray connects meets Ray's own handler first, which sets one to abort us
         self.install()
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:

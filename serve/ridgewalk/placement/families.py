@@ -50,7 +50,9 @@ def architecture_of(config: Mapping[str, Any]) -> str:
     Raises:
         ValueError: it is not one of them.
     """
-    names = config.get("architectures") or [config.get("model_type", "none named")]
+    names = config.get("architectures") or [config.get("model_type")]
+    if names[0] is None:
+        raise ValueError(f"config.json names no model: `architectures` is missing (supported: {', '.join(FAMILIES)})")
     if names[0] not in FAMILIES:
         raise ValueError(f"architecture {names[0]} is not supported (supported: {', '.join(FAMILIES)})")
     return str(names[0])

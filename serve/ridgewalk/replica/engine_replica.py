@@ -35,7 +35,7 @@ class EngineReplica:
         context = serve.get_replica_context()
         self._id = context.replica_id.unique_id
         self._config = config
-        self._progress_logged = time.monotonic()
+        self._progress_logged: float | None = None
         address = ray.util.get_node_ip_address()
         spec = ModelSpec.from_folder(config.model_path)
         executor = ZmqExecutor(config, spec, RayRanks(get_current_placement_group()), address, self._log_progress)
@@ -96,6 +96,8 @@ class EngineReplica:
             self._loop.stop()
 
     def _log_progress(self, progress: LoadProgress) -> None:
+        if self._progress_logged is None:  # the time counts from here: a small model needs no such line
+            self._progress_logged = time.monotonic()
         if time.monotonic() - self._progress_logged < PROGRESS_EVERY_S:
             return
         self._progress_logged = time.monotonic()

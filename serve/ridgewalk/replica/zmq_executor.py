@@ -181,6 +181,8 @@ class ZmqExecutor:
                 received.append(message)
             elif isinstance(message, Loading):
                 loading[message.rank] = message
+                if len(loading) < self.config.world_size:
+                    continue  # the total is not known yet
                 on_progress(
                     LoadProgress(
                         sum(item.done_bytes for item in loading.values()),

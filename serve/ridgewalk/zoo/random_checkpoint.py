@@ -85,12 +85,14 @@ def make_random_checkpoint(
     """Write a checkpoint shaped like `like` (a key of `SHAPES`) into `directory`, which is created.
 
     `on_progress(done, total)` is called after each tensor, in parameters.
-    Raises ValueError for an unknown shape or dtype.
+    Raises ValueError for an unknown shape or dtype, and for a directory that holds a model.
     """
     if like not in SHAPES:
         raise ValueError(f"unknown shape {like!r}; there are: {', '.join(sorted(SHAPES))}")
     if dtype not in ("bfloat16", "float16", "float32"):
         raise ValueError(f"unknown dtype {dtype!r}; there are: bfloat16, float16, float32")
+    if (Path(directory) / "config.json").exists():
+        raise ValueError(f"{directory} holds a model already; remove it or name another directory")
     return write_checkpoint(SHAPES[like], Path(directory), seed, dtype, on_progress)
 
 
