@@ -172,11 +172,12 @@ def test_a_sequence_does_not_notice_the_rest_of_the_batch(kernels, dtype):
         assert torch.equal(alone, together[begin:end])
 
 
-def test_reference_prefill_goes_through_in_blocks(monkeypatch):
+@pytest.mark.parametrize("queries", [[30, 1, 2], [1, 1, 1]])
+def test_reference_goes_through_in_blocks(monkeypatch, queries):
     g = torch.Generator().manual_seed(5)
-    arguments, options = arguments_of(g, [30, 1, 2], [50, 9, 2], 3, 24, 16, 16, torch.float32)
+    arguments, options = arguments_of(g, queries, [50, 9, 2], 3, 24, 16, 16, torch.float32)
     whole = REFERENCE.latent_attention(*arguments, **options)
-    monkeypatch.setattr("ridgewalk.kernels.torch_latent.SCORES", 800)
+    monkeypatch.setattr("ridgewalk.kernels.torch_latent.MOST", 800)
     torch.testing.assert_close(REFERENCE.latent_attention(*arguments, **options), whole)
 
 

@@ -7,8 +7,8 @@ import torch
 from ridgewalk.kernels.latent_kernels import HeadMatrices
 from ridgewalk.kernels.paged import pages
 
-SCORES = 1 << 25
-"""Scores that are held at once, so that a long prefill goes through in blocks of queries."""
+MOST = 1 << 26
+"""FP32 elements (scores, or widened latents) that are held at once; what needs more goes through in blocks."""
 
 
 class TorchLatentKernels:
@@ -56,7 +56,7 @@ class TorchLatentKernels:
         seqused_k: torch.Tensor,
         block_table: torch.Tensor,
     ) -> torch.Tensor:
-        """See `LatentKernels.latent_attention`. Decode steps run as one padded batch, prefills one by one."""
+        """See `LatentKernels.latent_attention`. In FP32; decode steps run as padded batches, prefills one by one."""
         if max_seqlen_q == 1:
             return _decode(query, cache, max_seqlen_k, value_dim, scale, seqused_k, block_table)
         out = query.new_empty((*query.shape[:2], value_dim))
@@ -64,14 +64,14 @@ class TorchLatentKernels:
         for row, (start, stop, length) in enumerate(zip(starts, starts[1:], used, strict=False)):
             if stop == start:
                 continue
-            keys = pages(cache, block_table[row], length)
-            block = max(1, SCORES // (query.shape[1] * length))
+            keys = pages(cache, block_table[row], length).float()
+            block = max(1, MOST // (query.shape[1] * length))
             for first in range(start, stop, block):
                 last = min(first + block, stop)
                 positions = torch.arange(length - stop + first, length - stop + last, device=query.device)
                 hidden = torch.arange(length, device=query.device) > positions[:, None]
-                scores = torch.einsum("qhd,kd->hqk", query[first:last], keys).float() * scale
-                shares = scores.masked_fill(hidden, -torch.inf).softmax(dim=-1).to(query.dtype)
+                scores = torch.einsum("qhd,kd->hqk", query[first:last].float(), keys) * scale
+                shares = scores.masked_fill(hidden, -torch.inf).softmax(dim=-1)
                 out[first:last] = torch.einsum("hqk,kd->qhd", shares, keys[:, :value_dim])
         return out
 
@@ -92,9 +92,15 @@ def _decode(
     block_table: torch.Tensor,
 ) -> torch.Tensor:
     table = block_table[:, : -(-max_seqlen_k // cache.shape[1])].long()
-    unused = torch.arange(table.shape[1] * cache.shape[1], device=query.device) >= seqused_k[:, None]
-    # Slots past a sequence's end may hold anything, NaN included, and no mask hides a NaN.
-    keys = cache[table].flatten(1, 2).masked_fill(unused[:, :, None], 0)
-    scores = torch.bmm(query, keys.transpose(1, 2)).float() * scale
-    shares = scores.masked_fill(unused[:, None], -torch.inf).softmax(dim=-1).to(query.dtype)
-    return torch.bmm(shares, keys[:, :, :value_dim])
+    length = table.shape[1] * cache.shape[1]
+    out = query.new_empty((*query.shape[:2], value_dim))
+    block = max(1, MOST // (length * cache.shape[2]))
+    for first in range(0, len(query), block):
+        rows = slice(first, first + block)
+        unused = torch.arange(length, device=query.device) >= seqused_k[rows, None]
+        # Slots past a sequence's end may hold anything, NaN included, and no mask hides a NaN.
+        keys = cache[table[rows]].flatten(1, 2).float().masked_fill(unused[:, :, None], 0)
+        scores = torch.bmm(query[rows].float(), keys.transpose(1, 2)) * scale
+        shares = scores.masked_fill(unused[:, None], -torch.inf).softmax(dim=-1)
+        out[rows] = torch.bmm(shares, keys[:, :, :value_dim])
+    return out
