@@ -16,7 +16,7 @@ def select_kernels(
     device: torch.device,
     library: ctypes.CDLL | None,
     num_threads: int,
-    heads: HeadLayout,
+    heads: HeadLayout | None,
     dtype: torch.dtype,
     block_size: int,
 ) -> KernelSet:
@@ -26,10 +26,10 @@ def select_kernels(
         device: of the rank.
         library: that of `ridgewalk.kernels.build.load_library`, or None.
         num_threads: of a CPU rank.
-        heads: of the rank's shard.
+        heads: of the rank's shard; None where latents are cached, which `varlen_attn` is too narrow for.
         dtype: of activations and KV cache.
         block_size: of the KV cache, in tokens.
     """
     if device.type == "cuda":
-        return probe_varlen(heads, dtype, block_size, device)
+        return TorchKernels() if heads is None else probe_varlen(heads, dtype, block_size, device)
     return TorchKernels() if library is None else CpuKernels(library, num_threads)
