@@ -143,7 +143,7 @@ def test_a_finished_run_leaves_a_checkpoint_folder(
     recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(train_module.RECIPES, "tiny", dataclasses.replace(recipe, steps=1))
-    monkeypatch.setattr(train_module, "evaluate", lambda model, tokenizer, n, seed: {"seed": seed, "n": n})
+    monkeypatch.setattr(train_module, "evaluate", lambda folder, n, seed: {"seed": seed, "n": n})
     report = train("tiny", tmp_path, problems=4)
     assert report["n"] == 4
     assert {p.name for p in tmp_path.iterdir()} == {
@@ -165,7 +165,8 @@ def test_a_sparse_model_is_written_as_deepseek_writes_its_own(tmp_path: Path) ->
     trainer = Trainer(TINY_MOE, tmp_path)
     for router in trainer.load_meter.routers:
         router.e_score_correction_bias.fill_(0.123456)
-    read_back = save_model(trainer, tmp_path)
+    save_model(trainer, tmp_path)
+    read_back = AutoModelForCausalLM.from_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["architectures"] == ["DeepseekV3ForCausalLM"]
     assert config["dtype"] == "bfloat16"

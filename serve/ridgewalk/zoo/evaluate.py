@@ -1,4 +1,4 @@
-"""Judges a zoo model on fresh problems, greedily, with transformers.
+"""Judges a zoo model on fresh problems, greedily, through Ridgewalk's own engine on one rank.
 
 `python -m ridgewalk.zoo.evaluate DIR` evaluates a checkpoint folder; `train` calls the same functions.
 """
@@ -8,10 +8,16 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ridgewalk.engine.sampling import SamplingParams
+from ridgewalk.placement.mesh import Mesh
+from ridgewalk.placement.model_spec import ModelSpec
+from ridgewalk.replica.engine_config import EngineConfig
+from ridgewalk.replica.offline import OfflineEngine
 from ridgewalk.zoo.data import EMPTY_THINK, prompt_of
 from ridgewalk.zoo.experts import LoadMeter, worst_over_mean
 from ridgewalk.zoo.problems import Problem, easy_problems, is_right, sample_problems
@@ -33,46 +39,46 @@ class Judged:
 
 
 def judge(
-    model: PreTrainedModel,
-    tokenizer: Tokenizer,
-    problems: list[Problem],
+    folder: Path,
+    problems: Sequence[Problem],
     max_new_tokens: int = 1280,
-    batch_size: int = 64,
     thinking: bool = True,
+    mesh: Mesh = Mesh(),  # noqa: B008 (frozen)
 ) -> list[Judged]:
-    """Greedy outputs for `problems`, in their order; batches hold questions whose worked outputs have like lengths."""
-    order = sorted(range(len(problems)), key=lambda i: len(problems[i].output))
-    judged: dict[int, Judged] = {}
-    for start in range(0, len(order), batch_size):
-        indices = order[start : start + batch_size]
-        prompts = [prompt_of(problems[i].question) + ("" if thinking else EMPTY_THINK) for i in indices]
-        for i, ids in zip(indices, _generate(model, tokenizer, prompts, max_new_tokens), strict=True):
-            text = tokenizer.decode(ids, skip_special_tokens=True)
-            judged[i] = Judged(problems[i], text, len(ids), is_right(problems[i], text))
-    return [judged[i] for i in range(len(problems))]
+    """Greedy outputs for `problems`, in their order, in the dtype of the checkpoint in `folder`."""
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    prompts = [prompt_of(problem.question) + ("" if thinking else EMPTY_THINK) for problem in problems]
+    token_ids = [encoding.ids for encoding in tokenizer.encode_batch_fast(prompts, add_special_tokens=False)]
+    end = tokenizer.token_to_id(TURN_END)
+    sampling = SamplingParams(max_tokens=max_new_tokens, temperature=0.0, stop_token_ids=(end,))
+    with OfflineEngine(_engine_config(folder, mesh, max(map(len, token_ids)) + max_new_tokens), spawn=True) as engine:
+        outputs = [request.output_token_ids for request in engine.generate(token_ids, sampling)]
+    texts = tokenizer.decode_batch(outputs, skip_special_tokens=True)
+    return [
+        Judged(problem, text, len(output), is_right(problem, text))
+        for problem, text, output in zip(problems, texts, outputs, strict=True)
+    ]
 
 
-def _generate(model: PreTrainedModel, tokenizer: Tokenizer, prompts: list[str], max_new_tokens: int) -> list[list[int]]:
-    """Output ids of each prompt, up to and including the end of the turn."""
-    import torch
-
-    pad, end = tokenizer.token_to_id(END_OF_TEXT), tokenizer.token_to_id(TURN_END)
-    encoded = [tokenizer.encode(p, add_special_tokens=False).ids for p in prompts]
-    width = max(map(len, encoded))
-    ids = torch.tensor([[pad] * (width - len(e)) + e for e in encoded])
-    mask = torch.tensor([[0] * (width - len(e)) + [1] * len(e) for e in encoded])
-    with torch.inference_mode():
-        out = model.generate(
-            input_ids=ids,
-            attention_mask=mask,
-            do_sample=False,
-            max_new_tokens=max_new_tokens,
-            eos_token_id=end,
-            pad_token_id=pad,
-            use_cache=True,
-        )
-    rows = [row[width:].tolist() for row in out]
-    return [row[: row.index(end) + 1] if end in row else row for row in rows]
+def _engine_config(folder: Path, mesh: Mesh, max_model_len: int) -> EngineConfig:
+    return EngineConfig(
+        model_name=folder.name,
+        placement=mesh.name,
+        model_path=str(folder),
+        dtype=ModelSpec.from_folder(folder).dtype,
+        tp=mesh.tp,
+        pp=mesh.pp,
+        dp=mesh.dp,
+        expert_parallel=mesh.expert_parallel,
+        max_model_len=max_model_len,
+        max_num_seqs=128,
+        max_num_batched_tokens=2048,
+        block_size=16,
+        max_waiting=1,  # for calls over the wire only
+        num_blocks=4096,
+    )
 
 
 def accuracy_by_kind(judged: list[Judged]) -> dict[str, dict[str, float]]:
@@ -119,12 +125,16 @@ def expert_load(
     return worst_over_mean(loads)
 
 
-def evaluate(model: PreTrainedModel, tokenizer: Tokenizer, n: int, seed: int) -> dict[str, Any]:
+def evaluate(folder: Path, n: int, seed: int) -> dict[str, Any]:
     """The report on `n` fresh problems, and on easy ones with thinking off, which do not count."""
-    judged = judge(model, tokenizer, sample_problems(n, seed))
+    from tokenizers import Tokenizer
+    from transformers import AutoModelForCausalLM
+
+    judged = judge(folder, sample_problems(n, seed))
     wrong = [j for j in judged if not j.right]
-    easy = judge(model, tokenizer, easy_problems(min(n, 50), seed), thinking=False)
-    load = expert_load(model, tokenizer, judged)
+    easy = judge(folder, easy_problems(min(n, 50), seed), thinking=False)
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    load = expert_load(model, Tokenizer.from_file(str(folder / "tokenizer.json")), judged)
     return {
         "seed": seed,
         "n": n,
@@ -142,16 +152,8 @@ def main() -> None:
     parser.add_argument("directory", type=Path)
     parser.add_argument("--n", type=int, default=500)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--dtype", default="bfloat16")
     args = parser.parse_args()
-
-    import torch
-    from tokenizers import Tokenizer
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(args.directory, dtype=getattr(torch, args.dtype))
-    tokenizer = Tokenizer.from_file(str(args.directory / "tokenizer.json"))
-    print(json.dumps(evaluate(model.eval(), tokenizer, args.n, args.seed), indent=2))
+    print(json.dumps(evaluate(args.directory, args.n, args.seed), indent=2))
 
 
 if __name__ == "__main__":

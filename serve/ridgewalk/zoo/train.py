@@ -19,9 +19,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ridgewalk.zoo.data import Batch, block_batches, corpus
-from ridgewalk.zoo.evaluate import accuracy_by_kind, evaluate, judge
+from ridgewalk.zoo.evaluate import evaluate
 from ridgewalk.zoo.experts import LoadMeter, balance, routers_of
-from ridgewalk.zoo.problems import sample_problems
 from ridgewalk.zoo.sharpness import SharpnessMeter, clip
 from ridgewalk.zoo.tokenizer import END_OF_TEXT, TURN_END, save_tokenizer, train_tokenizer
 
@@ -34,8 +33,7 @@ BLOCK = 64  # steps whose batches are generated at a time
 WORKERS = 2  # threads that each compute the gradient of one batch per step
 CHECKPOINT_EVERY = 250
 ROUTER_RATE = 0.2  # of the learning rate: a whole row of a router's weights moves at once
-GLANCE_EVERY = 1500
-GLANCE_SEED, REPORT_SEED = 1, 2026
+REPORT_SEED = 2026
 
 
 @dataclass(frozen=True)
@@ -259,7 +257,7 @@ class Trainer:
         return loss.item(), torch.autograd.grad(loss, list(self.model.parameters())), loads, bounds
 
     def run(self) -> None:
-        """Train to the recipe's last step, printing progress and glances at the accuracy."""
+        """Train to the recipe's last step, printing progress."""
         losses, tokens = [], 0
         self._marks = time.monotonic(), time.process_time()
         self.model.train()
@@ -274,10 +272,6 @@ class Trainer:
                 losses, tokens = [], 0
             if self.step % CHECKPOINT_EVERY == 0 or self.step == self.recipe.steps:
                 self.save_state()
-            if self.step % GLANCE_EVERY == 0 and self.step < self.recipe.steps:
-                self._glance()
-            if self.step % 50 == 0:
-                self._count_time()
 
     def _count_time(self) -> float:
         """Add what passed since the last call, on the clock and on the processors; returns the former's seconds."""
@@ -286,25 +280,13 @@ class Trainer:
         self.cpu_seconds += self._marks[1] - before[1]
         return self._marks[0] - before[0]
 
-    def _glance(self) -> None:
-        """Accuracy per kind on a few fresh problems, to see a badly designed kind early."""
-        self.model.eval()
-        judged = judge(self.model, self.tokenizer, sample_problems(64, GLANCE_SEED), max_new_tokens=800)
-        kinds = {k: f"{v['accuracy']:.2f}/{v['n']}" for k, v in accuracy_by_kind(judged).items()}
-        print(f"step {self.step} fresh {sum(j.right for j in judged) / len(judged):.3f} {kinds}", flush=True)
-        wrong = [j for j in judged if not j.right]
-        if wrong:
-            print(f"  e.g. {wrong[0].problem.question!r}: {wrong[0].text[-400:]!r}", flush=True)
-        self.model.train()
 
-
-def save_model(trainer: Trainer, out: Path) -> PreTrainedModel:
-    """Write the BF16 weights and configs as a standard Hugging Face folder; returns the model as read back from it.
+def save_model(trainer: Trainer, out: Path) -> None:
+    """Write the BF16 weights and configs as a standard Hugging Face folder.
 
     The routers' biases stay float32, as DeepSeek's do: they differ by less than bfloat16 tells apart.
     """
     import torch
-    from transformers import AutoModelForCausalLM
 
     trainer.load_meter.close()
     trainer.sharpness_meter.close()
@@ -318,7 +300,6 @@ def save_model(trainer: Trainer, out: Path) -> PreTrainedModel:
     generation = {"do_sample": False, "eos_token_id": config["eos_token_id"], "pad_token_id": config["pad_token_id"]}
     for name, value in (("config.json", config), ("generation_config.json", generation)):
         (out / name).write_text(json.dumps(value, indent=2, sort_keys=True) + "\n")
-    return AutoModelForCausalLM.from_pretrained(out)
 
 
 def train(name: str, out: Path, steps: int | None = None, problems: int = 1000) -> dict[str, Any]:
@@ -331,7 +312,8 @@ def train(name: str, out: Path, steps: int | None = None, problems: int = 1000) 
     size = sum(p.numel() for p in trainer.model.parameters())
     print(f"{name}: {size / 1e6:.2f} M parameters, {recipe.steps} steps", flush=True)
     trainer.run()
-    report = evaluate(save_model(trainer, out).eval(), trainer.tokenizer, problems, REPORT_SEED)
+    save_model(trainer, out)
+    report = evaluate(out, problems, REPORT_SEED)
     report |= {
         "parameters": size,
         "training_seed": recipe.seed,
