@@ -107,7 +107,7 @@ class FakeExecutor:
         self.per_collect = per_collect
         self.submitted = self.stages[0].queue
         self.steps: list[StepInput] = []
-        self.in_flight: deque[set[int]] = deque()  # the sequences of each step that has not come out yet
+        self.in_flight: deque[set[int]] = deque()  # those that sample, of each step that has not come out yet
         self.closed = False
 
     def submit(self, step: StepInput) -> None:
@@ -115,9 +115,18 @@ class FakeExecutor:
         assert step.others_in_flight == bool(self.in_flight)
         sequences = {seq_id for batch in step.groups for seq_id in batch.seq_ids}
         if len(self.stages) > 1:
-            assert not any(sequences & others for others in self.in_flight), "a sequence is in two steps in flight"
+            assert not any(sequences & others for others in self.in_flight), (
+                "a sequence runs on before it has its token"
+            )
             assert not any(PLACEHOLDER_TOKEN in batch.last_token_ids for batch in step.groups)
-        self.in_flight.append(sequences)
+        self.in_flight.append(
+            {
+                seq_id
+                for batch in step.groups
+                for seq_id, samples in zip(batch.seq_ids, batch.samples, strict=True)
+                if samples
+            }
+        )
         self.submitted.append(msgspec.msgpack.encode(step))
         self.steps.append(step)
 

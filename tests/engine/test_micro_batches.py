@@ -83,6 +83,17 @@ def test_a_full_pipeline_has_a_step_for_every_stage() -> None:
     assert [request.num_output_tokens for request in requests] == [8] * 9
 
 
+def test_the_chunks_of_a_prompt_fill_the_pipeline() -> None:
+    """A chunk that does not end the prompt samples nothing, so that the next need not wait for it."""
+    core = make_core(4, 4, num_blocks=16, max_model_len=64, max_num_batched_tokens=8)
+    request = add(core, list(range(40)), 3)
+    core.pump()
+    assert [batch.num_scheduled_tokens for step in core.executor.steps for batch in step.groups] == [[8]] * 4  # type: ignore[attr-defined]
+    while core.has_work:
+        core.pump()
+    assert request.output_token_ids == expected_output(list(range(40)), 3)
+
+
 def test_waiting_requests_that_do_not_fit_do_not_make_steps_uneven() -> None:
     """The cache holds four; the queue behind them must not let one step take all of these."""
     core = make_core(2, 2, num_blocks=16, max_model_len=16, enable_prefix_caching=False)

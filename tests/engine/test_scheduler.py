@@ -167,6 +167,30 @@ def test_groups_of_a_replica_step_together_and_share_the_load() -> None:
     assert all(len(step.groups) == 2 for step in core.executor.steps)  # type: ignore[attr-defined]
 
 
+def test_a_prefix_that_all_share_does_not_draw_all_to_one_group() -> None:
+    core = make_core(num_groups=2, num_blocks=400, max_model_len=64)
+    system_prompt = list(range(100, 116))
+    requests = [add(core, [*system_prompt, number], 12) for number in range(64)]
+    core.pump()
+    running = [len(group.running) for group in core.scheduler.groups]
+    assert sum(running) == 64
+    assert max(running) <= 36
+    run(core)
+    assert sum(request.num_cached_tokens for request in requests) >= 60 * 16  # each group computes the prefix once
+
+
+def test_a_long_prefix_draws_a_request_to_the_group_that_has_it() -> None:
+    core = make_core(num_groups=2, num_blocks=40, max_model_len=64)
+    first = add(core, list(range(40)), 2)
+    run(core)
+    bystander = add(core, list(range(50, 58)), 8)
+    core.pump()
+    assert bystander.group != first.group  # nothing runs: the group with more free blocks
+    follower = add(core, [*range(40), 1], 2)
+    core.pump()
+    assert (follower.group, follower.num_cached_tokens) == (first.group, 40)
+
+
 def test_steps_scheduled_ahead_carry_placeholders_and_change_nothing() -> None:
     plain, ahead = make_core(), make_core(max_steps_in_flight=2, schedule_ahead=True)
     outputs = []

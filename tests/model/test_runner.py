@@ -176,6 +176,14 @@ def test_warm_up_leaves_nothing_behind(ranks_of, family, mesh):
     assert Driver(group, NUM_BLOCKS).generate([9, 8, 7, 6, 5], 6, group=mesh.dp - 1).output == cold.output
 
 
+def test_warm_up_is_counted_as_nobody_s_traffic(ranks_of):
+    group = ranks_of("deepseek-v3", Mesh(dp=2, pp=2, expert_parallel=True))
+    group.on_every_rank("warm_up")
+    group.execute(StepInput(4, [EMPTY, EMPTY], measure=True))
+    timings = [runner.timings() for runner in group.runners]
+    assert [(t.routed_tokens, t.routed_bytes, t.bubble_seconds) for t in timings] == [(0, 0, 0.0)] * 4
+
+
 class WatchedKernels:
     """Kernels that want at least one token in every call."""
 

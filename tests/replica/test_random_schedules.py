@@ -27,6 +27,7 @@ from tests.model.checkpoints import make_checkpoint
 
 NUM_SCHEDULES = 1000
 LONGEST_OUTPUT = 6
+STUCK_S = 60.0  # far longer than any schedule takes
 CLEAR_GAP = 1e-3
 """Between the two best logits: rounding in another order of sums cannot turn them round."""
 
@@ -112,7 +113,9 @@ class Schedule:
 
     def run(self) -> None:
         core = self.engine.core
+        deadline = time.monotonic() + STUCK_S
         while self.to_come or core.has_work:
+            assert time.monotonic() < deadline, "a rank is stuck"
             while self.to_come and (self.rng.random() < self.hurry or not core.has_work):
                 self.arrive()
             for result in core.pump():

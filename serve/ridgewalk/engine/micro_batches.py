@@ -1,7 +1,8 @@
 """Micro-batches: how many sequences a step of a pipeline takes, so that every stage has some to compute.
 
-A sequence is in at most one step in flight, for its next token depends on the last. A step that took every runnable
-sequence would therefore cross the stages alone, all of them idle but one; so each takes its even share.
+A sequence samples in at most one step in flight, for its next token depends on the last. A step that took every
+runnable sequence would therefore cross the stages alone, all of them idle but one; so each takes its even share. Chunks
+of one prompt follow each other without waiting: they are not shared out.
 """
 
 from __future__ import annotations

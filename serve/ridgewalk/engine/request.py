@@ -80,6 +80,11 @@ class Request:
         return len(self.token_ids) + self.num_placeholders - self.num_computed_tokens
 
     @property
+    def is_prefilling(self) -> bool:
+        """True while more than one known token is left to compute: a prompt, or what a preempted request had."""
+        return self.num_placeholders == 0 and self.num_tokens_to_compute > 1
+
+    @property
     def may_sample_more(self) -> bool:
         """False once the tokens in flight already reach the request's limit."""
         return self.num_output_tokens + self.num_placeholders < self.sampling.max_tokens

@@ -63,6 +63,11 @@ class AttentionGroup:
     kv: KVCacheManager
     running: list[Request] = field(default_factory=list)  # in the order of admission
 
+    @property
+    def num_blocks_attended(self) -> int:
+        """KV blocks of the running requests, a shared one once for each: what their next tokens attend to."""
+        return sum(len(request.block_ids) for request in self.running)
+
 
 @dataclass(eq=False)
 class _Plan:
@@ -222,7 +227,11 @@ class Scheduler:
             return False
         if request.num_in_flight == 0:
             return True
-        return self.config.schedule_ahead and request.may_sample_more
+        if self.config.schedule_ahead:
+            return request.may_sample_more
+        return (
+            request.num_placeholders == 0
+        )  # chunks of a prompt sample nothing: the next one needs no result of theirs
 
     def _preempt(self, victim: Request, plan: _Plan) -> None:
         """Take a request's blocks; it starts again from the front of the queue and recomputes what it had."""
@@ -253,15 +262,20 @@ class Scheduler:
             self._admit(request, plan, hit, now)
 
     def _row_limit(self, group: AttentionGroup, num_admissible: int = 0) -> int:
-        """Sequences of one group in the next step, with so many waiting ones that the group could admit."""
+        """Sequences of one group in the next step, with so many waiting ones that the group could admit.
+
+        A prompt of several chunks may have one in every step, so it counts apart from those that sample.
+        """
         if not self.config.micro_batches:
             return self.config.max_num_seqs
         index = self.groups.index(group)
         open_sizes = [
-            sum(request.status is not RequestStatus.ENDED for request, _ in groups[index])
+            sum(samples and request.status is not RequestStatus.ENDED for request, samples in groups[index])
             for _, groups in self._in_flight
         ]
-        return row_limit(len(group.running) + num_admissible, open_sizes, self.config.max_steps_in_flight)
+        num_prefilling = sum(request.is_prefilling for request in group.running)
+        num_sequences = len(group.running) - num_prefilling + num_admissible
+        return num_prefilling + row_limit(num_sequences, open_sizes, self.config.max_steps_in_flight)
 
     def _raise_row_limits(self, plans: list[_Plan]) -> None:
         if self.config.micro_batches:
@@ -290,10 +304,22 @@ class Scheduler:
         return counts
 
     def _choose_group(self, request: Request, plans: list[_Plan]) -> tuple[_Plan, PrefixHit] | None:
-        """The group that can hold the request with the longest cached prefix, then with most room."""
+        """Of the groups that can hold the request, the one where the least work is before it.
+
+        Work is counted in KV blocks: those of its prompt that are not cached there, and those that the group's running
+        sequences attend to at every step, a shared block once for each (as NVIDIA Dynamo's KV router weighs overlap
+        against load). A prefix that everyone shares therefore does not draw everyone to one group.
+        Among equals, the group with most room, and that would forget least.
+        """
         hits = [(plan, plan.group.kv.find_prefix(request)) for plan in plans]
         fitting = [(plan, hit) for plan, hit in hits if plan.group.kv.can_admit(request, hit)]
-        return max(fitting, key=lambda item: (item[1].num_tokens, item[0].group.kv.pool.num_available), default=None)
+
+        def cost(choice: tuple[_Plan, PrefixHit]) -> tuple[int, int, int]:
+            group, hit = choice[0].group, choice[1]
+            pool, missing = group.kv.pool, group.kv.blocks_for(request.num_tokens) - len(hit.blocks)
+            return missing + group.num_blocks_attended, -pool.num_available, -pool.num_free
+
+        return min(fitting, key=cost, default=None)
 
     def _admit(self, request: Request, plan: _Plan, hit: PrefixHit, now: float) -> None:
         plan.group.kv.admit(request, hit)

@@ -27,7 +27,7 @@ LABELS: Mapping[str, str] = {
     "phase": "collective: wait | transfer; step: prepare, embed, attention, mlp, router, experts, collective, bubble, "
     "head, sample, other.",
     "scope": "worst: of the sparse layers | mean: over them.",
-    "sampled": "true: over the measured steps only, one in 16.",
+    "sampled": "true: over the measured steps only, one in 17.",
     "tensor_parallel_size": "Ranks that share each layer.",
     "pipeline_parallel_size": "Pipeline stages.",
     "data_parallel_size": "Attention groups in one replica.",

@@ -141,6 +141,8 @@ class ModelRunner:
         decode = GroupBatch([-1], [length], [1], [[]], [0], [True], [], [])
         for batch in (prefill, decode, GroupBatch([], [], [], [], [], [], [], [-1])):
             self.execute(StepInput(-1, [batch] * self.config.dp))
+        self._idle_seconds = 0.0
+        self._reported = self._totals()
 
     @torch.inference_mode()
     def execute(self, step: StepInput) -> GroupOutput | None:
@@ -212,21 +214,26 @@ class ModelRunner:
         assert self._decoder is not None
         collectives = [CollectiveTiming(*timed) for timed in self._groups.stop_timing()]
         seconds = self._clock.stop()
-        sparse, previous = self._decoder.sparse_layers, self._groups.previous
-        bubble = self._idle_seconds + (previous.bubble_seconds if previous is not None else 0.0)
-        routed = sum(layer.routed_tokens for layer in sparse), sum(layer.routed_bytes for layer in sparse)
-        before, self._reported = self._reported, (bubble, *routed)
+        before, self._reported = self._reported, self._totals()
+        bubble, routed_tokens, routed_bytes = (now - then for now, then in zip(self._reported, before, strict=True))
         return RankTimings(
             step_id,
             self.config.rank,
             seconds,
             dict(self._clock.phases),
             collectives,
-            bubble - before[0],
-            [list(layer.expert_tokens) for layer in sparse],
-            routed[0] - before[1],
-            routed[1] - before[2],
+            bubble,
+            [list(layer.expert_tokens) for layer in self._decoder.sparse_layers],
+            int(routed_tokens),
+            int(routed_bytes),
         )
+
+    def _totals(self) -> tuple[float, int, int]:
+        """Bubble seconds, routed tokens and routed bytes since the start."""
+        assert self._decoder is not None
+        sparse, previous = self._decoder.sparse_layers, self._groups.previous
+        bubble = self._idle_seconds + (previous.bubble_seconds if previous is not None else 0.0)
+        return bubble, sum(layer.routed_tokens for layer in sparse), sum(layer.routed_bytes for layer in sparse)
 
 
 def _expert_map(spec: ModelSpec, config: RunnerConfig) -> ExpertMap | None:
