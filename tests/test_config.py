@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 
 from ridgewalk.config import ConfigError, load_config, parse_config, parse_size
 
+RECORDING = {"enable_expert_parallel": True, "record_expert_load": "/var/seen.json"}
+
 
 @pytest.mark.parametrize(
     ("data", "message"),
@@ -38,6 +40,14 @@ from ridgewalk.config import ConfigError, load_config, parse_config, parse_size
         ({"models": [{"model": "x"}, {"model": "x"}]}, "two models are called 'x'"),
         ({"models": [{"model": "x", "placements": [{}, {}]}]}, "lists a placement twice"),
         ({"models": [{"model": "x"}], "port": 99999}, "port"),
+        (
+            {"models": [{"model": name, "placements": [RECORDING]} for name in "xy"]},
+            "two placements record to /var/seen.json; give each its own file",
+        ),
+        (
+            {"models": [{"model": "x", "placements": [RECORDING, {**RECORDING, "data_parallel_size": 2}]}]},
+            "two placements record to",
+        ),
     ],
 )
 def test_errors_name_the_field(data: object, message: str) -> None:

@@ -138,3 +138,35 @@ def test_a_dense_model_has_no_experts_to_spread() -> None:
         plan("demo-dense", **EP2)
     planned = plan("demo-dense", pipeline_parallel_size=2, tensor_parallel_size=2)
     assert planned.engine.placement == "PP2xTP2"
+
+
+def test_a_file_to_record_to_is_looked_at_before_anything_starts(
+    sparse: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "loads.json"
+    recording = {**EP2, "record_expert_load": str(path)}
+    assert plan(sparse, **recording).engine.record_expert_load == str(path)
+    write_expert_load(path, ExpertLoad(sparse.name, NUM_EXPERTS, [[1] * NUM_EXPERTS] * NUM_LAYERS))
+    plan(sparse, **recording)  # can be added to
+    for load in (ExpertLoad("other", 8, [[1] * 8] * NUM_LAYERS), ExpertLoad(sparse.name, 4, [[1] * 4] * NUM_LAYERS)):
+        write_expert_load(path, load)
+        with pytest.raises(
+            ConfigError, match=f"record_expert_load: {path} is of {load.model}.*; name another file, or"
+        ):
+            plan(sparse, **recording)
+        resolve(configuration(sparse, **recording), cluster_hosts=2)  # another machine's file, for all one knows
+    path.write_text("{")
+    with pytest.raises(ConfigError, match=r"loads.json is no file of expert loads.*remove this one"):
+        plan(sparse, **recording)
+    path.unlink()
+    monkeypatch.setattr("os.access", lambda *_: False)
+    with pytest.raises(ConfigError, match="cannot be written; make it writable"):
+        plan(sparse, **recording)
+
+
+def test_a_path_that_nothing_can_be_recorded_to_is_refused(sparse: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="is a directory; name a file in it"):
+        plan(sparse, **EP2, record_expert_load=str(tmp_path))
+    with pytest.raises(ConfigError, match=r"there is no directory .*none; make it first"):
+        plan(sparse, **EP2, record_expert_load=str(tmp_path / "none" / "loads.json"))
+    resolve(configuration(sparse, **EP2, record_expert_load=str(tmp_path / "none" / "loads.json")), cluster_hosts=2)

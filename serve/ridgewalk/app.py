@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,10 +27,11 @@ from ridgewalk.config import (
     parse_config,
 )
 from ridgewalk.model_source import find_model
-from ridgewalk.placement.expert_load import read_expert_load
+from ridgewalk.placement.expert_load import read_expert_load, read_recorded
 from ridgewalk.placement.expert_map import balanced_expert_map, imbalance, uniform_expert_map
 from ridgewalk.placement.memory import MemoryPlan
 from ridgewalk.placement.model_spec import ModelSpec, validate_mesh
+from ridgewalk.placement.moe_spec import MoESpec
 from ridgewalk.replica.engine_config import EngineConfig
 from ridgewalk.replica.engine_replica import EngineReplica
 from ridgewalk.replica.host import memory_bytes
@@ -227,6 +229,8 @@ def _resolve_placement(
     validate_mesh(spec, mesh, placement.num_redundant_experts)
     expert_map, expert_imbalance = _place_experts(spec, placement)
     record = placement.record_expert_load
+    if record is not None and spec.moe is not None:
+        _check_record(record, name, spec.moe, is_this_machines=host.memory is not None)
     engine = EngineConfig(
         model_name=name,
         placement=placement.name,
@@ -260,6 +264,20 @@ def _resolve_placement(
         plan = size_cache(engine, spec, available)
         engine.scheduler_config(plan.num_blocks)  # refuses limits that cannot work
     return PlannedPlacement(_deployment_name(name, placement.name), placement.num_replicas, engine, plan)
+
+
+def _check_record(path: Path, name: str, moe: MoESpec, *, is_this_machines: bool) -> None:
+    """Refuse a file that loads cannot be added to. One on a node of a cluster is that node's to look at."""
+    if path.is_dir():
+        raise ConfigError(f"record_expert_load: {path} is a directory; name a file in it")
+    if not is_this_machines:
+        return
+    folder = path.parent
+    if not folder.is_dir():
+        raise ConfigError(f"record_expert_load: there is no directory {folder}; make it first")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise ConfigError(f"record_expert_load: {folder} cannot be written; make it writable or name a file elsewhere")
+    read_recorded(path, name, moe)
 
 
 def _place_experts(

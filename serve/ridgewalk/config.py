@@ -72,7 +72,7 @@ class PlacementConfig(_Strict):
     enable_expert_parallel: bool = False  # experts over the data- and tensor-parallel ranks of each stage
     num_redundant_experts: int = Field(0, ge=0)  # copies of busy experts, per sparse layer; needs expert_load
     expert_load: AbsolutePath | None = None  # a file of observed loads, by which experts are placed
-    record_expert_load: AbsolutePath | None = None  # write such a file, on the node of the first replica
+    record_expert_load: AbsolutePath | None = None  # add to such a file, on the node of the first replica
     memory: Size | None = None  # bytes per rank; None: a share of the machine (CPU) or of the device (GPU)
     num_blocks: int | None = Field(None, ge=1)  # per attention group, instead of a memory budget
     cpus_per_rank: float = Field(1.0, gt=0)  # what a rank asks of Ray's scheduler
@@ -154,6 +154,15 @@ class ServeConfig(_Strict):
             shapes = [placement.name for placement in model.placements]
             if len(set(shapes)) < len(shapes):
                 raise ValueError(f"model {model.served_name!r} lists a placement twice; raise its `replicas` instead")
+        return self
+
+    @model_validator(mode="after")
+    def _refuse_shared_records(self) -> ServeConfig:
+        paths = [p.record_expert_load for model in self.models for p in model.placements if p.record_expert_load]
+        files = [path.resolve() for path in paths]
+        for path, file in zip(paths, files, strict=True):
+            if files.count(file) > 1:
+                raise ValueError(f"record_expert_load: two placements record to {path}; give each its own file")
         return self
 
     @property

@@ -191,10 +191,37 @@ def test_a_replica_at_hand_keeps_rows_at_home(tmp_path):
 
 def test_replicas_elsewhere_take_turns():
     slots = [(0, 1), (2, 3), (0, 2), (0, 1)]
-    assert replica_table(slots, 4, rank=1).tolist() == [[0, 4, 6], [1, 7, 1], [2, 2, 2], [3, 3, 3]]
+    assert replica_table(slots, 4, rank=1).tolist() == [
+        [0, 4, 6, 0, 4, 6],
+        [1, 7, 1, 7, 1, 7],
+        [2, 2, 2, 2, 2, 2],
+        [3, 3, 3, 3, 3, 3],
+    ]
     assert replica_table(slots, 4, rank=3).tolist() == [[6, 6], [7, 7], [2, 5], [3, 3]]
     with pytest.raises(ValueError, match="no slot for expert 4"):
         replica_table(slots, 5, rank=0)
+
+
+@pytest.mark.parametrize(
+    ("copies", "turns", "unfair"),
+    [
+        ((2, 3, 1), 6, 0),
+        ((4, 4, 2), 4, 0),
+        ((1, 1, 1), 1, 0),
+        ((3, 5, 8), 120, 0),
+        ((7, 8, 9), 120, 1),
+        ((130, 1, 2), 130, 1),
+    ],
+)
+def test_copies_share_equally(copies, turns, unfair):
+    """Seen from a rank that holds none of them."""
+    slots = [(3,), *((expert,) for expert, count in enumerate(copies) for _ in range(count))]
+    table = replica_table(slots, 4, rank=0)
+    assert table.shape == (4, turns)
+    for expert, count in enumerate(copies):
+        _, shares = table[expert].unique(return_counts=True)
+        assert len(shares) == count
+        assert shares.max() - shares.min() <= unfair
 
 
 def test_one_rank_takes_any_order_of_slots():

@@ -63,6 +63,16 @@ def test_flops_grow_with_context():
         ({"use_sliding_window": True, "sliding_window": 4096}, "use_sliding_window"),
         ({"rope_scaling": {"rope_type": "longrope", "factor": 2.0}}, "rope type 'longrope' is not supported"),
         ({"rope_scaling": {"type": "linear"}}, "needs the field 'factor'"),
+        ({"rope_scaling": {"type": "linear", "factor": 0}}, "needs a factor over 0"),
+        ({"rope_scaling": {"type": "linear", "factor": "2"}}, "factor must be a number from 0 on, got '2'"),
+        (
+            {"rope_scaling": {"type": "llama3", "factor": 8, "low_freq_factor": None}},
+            "needs the field 'low_freq_factor'",
+        ),
+        ({"rope_scaling": {"type": "yarn", "factor": 8, "beta_fast": [1]}}, "beta_fast must be a number"),
+        ({"rope_theta": True}, "rope_theta must be a number from 0 on, got True"),
+        ({"rms_norm_eps": "1e-6"}, "rms_norm_eps must be a number from 0 on, got '1e-6'"),
+        ({"rms_norm_eps": float("nan")}, "rms_norm_eps must be a number"),
         ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
         ({"hidden_size": None}, "hidden_size must be a positive whole number"),
         ({"torch_dtype": "int8"}, "dtype 'int8'"),
@@ -90,3 +100,14 @@ def test_folder_adds_the_generation_configs_stop_tokens(tmp_path):
 def test_folder_without_config_is_an_error(tmp_path):
     with pytest.raises(UnsupportedModelError, match="no readable config"):
         ModelSpec.from_folder(tmp_path)
+
+
+def test_null_means_what_a_missing_float_does():
+    fields = ("rms_norm_eps", "rope_theta", "partial_rotary_factor")
+    null = ModelSpec.from_config({**QWEN3_0_6B, **dict.fromkeys(fields)})
+    assert null == ModelSpec.from_config({key: value for key, value in QWEN3_0_6B.items() if key not in fields})
+    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 4096}
+    optional = ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim")
+    assert ModelSpec.from_config({**QWEN3_0_6B, "rope_scaling": {**yarn, **dict.fromkeys(optional)}}) == (
+        ModelSpec.from_config({**QWEN3_0_6B, "rope_scaling": yarn})
+    )

@@ -150,3 +150,12 @@ def test_flops_count_the_experts_that_a_token_passes():
 def test_refuses_what_is_not_built(config, changes, message):
     with pytest.raises(UnsupportedModelError, match=message):
         ModelSpec.from_config({**config, **changes})
+
+
+def test_a_scaling_factor_of_null_is_the_familys_own_and_no_other_word_is_one():
+    for config, expected in ((DEEPSEEK_R1, 2.5), (DEEPSEEK_V2, 1.0)):
+        moe = ModelSpec.from_config({**config, "routed_scaling_factor": None}).moe
+        assert moe is not None
+        assert moe.routed_scaling_factor == expected
+    with pytest.raises(UnsupportedModelError, match="routed_scaling_factor must be a number from 0 on, got 'big'"):
+        ModelSpec.from_config({**DEEPSEEK_R1, "routed_scaling_factor": "big"})

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 
 import pytest
 
 from ridgewalk.engine.step import RankTimings
-from ridgewalk.placement.expert_load import read_expert_load
+from ridgewalk.placement.expert_load import ExpertLoad, read_expert_load
 from ridgewalk.placement.expert_map import ExpertMap
 from ridgewalk.placement.mesh import Mesh
 from ridgewalk.placement.model_spec import ModelSpec
@@ -59,6 +60,39 @@ def test_what_was_recorded_is_written_at_the_end(tmp_path: Path) -> None:
     assert (load.model, load.layers) == ("sparse", [[1, 0, 0, 0, 0, 0, 0, 7]] * 3)
 
 
+def record(path: Path, tokens: int, model: str = "sparse", spec: ModelSpec = SPEC) -> None:
+    """One replica's life, in which every expert saw so many tokens."""
+    assert spec.moe is not None
+    recorder = ExpertLoadRecorder(model, ExpertLoadCounter(spec, spec.moe, Mesh(expert_parallel=True), None), path)
+    recorder.on_timings([timings(0, [[tokens] * 8] * len(spec.moe.sparse_layers))])
+    recorder.close()
+
+
+def test_a_replica_that_is_started_again_adds_to_what_was_recorded(tmp_path: Path) -> None:
+    path = tmp_path / "loads.json"
+    record(path, 3)
+    record(path, 4)
+    assert read_expert_load(path, MOE).layers == [[7] * 8] * 3
+
+
+@pytest.mark.parametrize(
+    ("model", "spec", "message"),
+    [
+        ("other", SPEC, "is of sparse, not of other; name another file, or remove this one"),
+        ("sparse", ModelSpec.from_config(SMALL_MOE), "is of sparse with 3 sparse layers"),
+    ],
+)
+def test_loads_of_another_model_are_left_alone(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, model: str, spec: ModelSpec, message: str
+) -> None:
+    path = tmp_path / "loads.json"
+    record(path, 3)
+    record(path, 4, model, spec)
+    assert read_expert_load(path, MOE).layers == [[3] * 8] * 3
+    (line,) = caplog.messages
+    assert message in line
+
+
 def test_nothing_is_written_where_nothing_was_seen(tmp_path: Path) -> None:
     recorder = ExpertLoadRecorder(
         "sparse", ExpertLoadCounter(SPEC, MOE, Mesh(expert_parallel=True), None), tmp_path / "loads.json"
@@ -79,12 +113,28 @@ def test_the_file_follows_the_load_while_the_replica_runs(tmp_path: Path, monkey
     assert read_expert_load(path, MOE).layers == [[total] * 8] * 3
 
 
-def test_a_path_that_cannot_be_written_does_not_stop_the_replica(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    counter = ExpertLoadCounter(SPEC, MOE, Mesh(expert_parallel=True), None)
-    recorder = ExpertLoadRecorder("sparse", counter, tmp_path / "file" / "loads.json")
-    recorder.on_timings([timings(0, [[1] * 8] * 3)])
+def test_a_path_that_cannot_be_written_warns_once_and_loses_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(expert_load_recorder, "WRITE_EVERY_S", 0.001)
+    tried = threading.Semaphore(0)
+
+    def fail(path: Path, load: ExpertLoad) -> None:
+        tried.release()
+        raise OSError(28, "No space left on device")
+
+    path = tmp_path / "loads.json"
+    with monkeypatch.context() as patch:
+        patch.setattr(expert_load_recorder, "write_expert_load", fail)
+        counter = ExpertLoadCounter(SPEC, MOE, Mesh(expert_parallel=True), None)
+        recorder = ExpertLoadRecorder("sparse", counter, path)
+        recorder.on_timings([timings(0, [[5] * 8] * 3)])
+        for _ in range(3):
+            assert tried.acquire(timeout=10)
     recorder.close()
+    (line,) = caplog.messages
+    assert "cannot be written: No space left on device" in line
+    assert read_expert_load(path, MOE).layers == [[5] * 8] * 3
 
 
 def test_only_a_configuration_that_asks_records(tmp_path: Path) -> None:

@@ -7,8 +7,9 @@ import pytest
 from ridgewalk.placement.memory import GIB, MemoryPlanError
 from ridgewalk.placement.model_spec import ModelSpec
 from ridgewalk.replica.engine_config import EngineConfig
-from ridgewalk.replica.sizing import CPU_SHARE, GPU_SHARE, STATED_SHARE, size_cache
+from ridgewalk.replica.sizing import CPU_SHARE, GPU_SHARE, RANK_PROCESS_BYTES, STATED_SHARE, size_cache
 from tests.placement.hub_configs import DEEPSEEK_V2_LITE
+from tests.small_configs import SMALL_MOE
 
 SPEC = ModelSpec.from_config(DEEPSEEK_V2_LITE)
 
@@ -33,11 +34,13 @@ def most_used(plan):
     return max(stage.used_bytes(plan.num_blocks) for stage in plan.stages)
 
 
-@pytest.mark.parametrize(("device", "share"), [("cpu", CPU_SHARE / 2), ("cuda", GPU_SHARE)])
-def test_every_stage_fits_into_its_share(device, share):
+@pytest.mark.parametrize(
+    ("device", "share", "process"), [("cpu", CPU_SHARE / 2, RANK_PROCESS_BYTES), ("cuda", GPU_SHARE, 0)]
+)
+def test_every_stage_fits_into_its_share(device, share, process):
     plan = size_cache(config(device=device), SPEC, 64 * GIB)
     assert len(plan.stages) == 2
-    assert most_used(plan) <= plan.budget_bytes == int(64 * GIB * share)
+    assert most_used(plan) <= plan.budget_bytes == int(64 * GIB * share) - process
 
 
 def test_stated_blocks_are_checked_on_every_stage():
@@ -47,7 +50,7 @@ def test_stated_blocks_are_checked_on_every_stage():
         size_cache(config(num_blocks=1_000_000), SPEC, 80 * GIB)
     named = int(str(refused.value).rsplit(" ", 1)[1])
     fitting = size_cache(config(num_blocks=named), SPEC, 80 * GIB)
-    assert most_used(fitting) <= int(80 * GIB * STATED_SHARE / 2)
+    assert most_used(fitting) <= int(80 * GIB * STATED_SHARE / 2) - RANK_PROCESS_BYTES
     with pytest.raises(MemoryPlanError):
         size_cache(config(num_blocks=named + 1), SPEC, 80 * GIB)
 
@@ -55,6 +58,51 @@ def test_stated_blocks_are_checked_on_every_stage():
 def test_stated_memory_over_what_there_is_is_refused():
     with pytest.raises(MemoryPlanError, match="lower --memory to"):
         size_cache(config(memory=40 * GIB, max_num_seqs=4096), SPEC, 64 * GIB)
+
+
+def test_small_ranks_share_a_small_machine():
+    small = ModelSpec.from_config(SMALL_MOE)
+    limits = {"max_model_len": 256, "pp": 4, "tp": 2}
+    plan = size_cache(config(**limits), small, 16 * GIB)
+    assert plan.budget_bytes == GIB - RANK_PROCESS_BYTES
+    stated = size_cache(config(**limits, memory=64 * 2**20), small, 16 * GIB)
+    assert stated.budget_bytes == 64 * 2**20
+
+
+@pytest.mark.parametrize(
+    ("changes", "available", "message"),
+    [
+        (
+            {"ranks_per_host": 96},
+            24,
+            r"but the default share of this machine's 24\.00 GiB gives each of 96 ranks "
+            r"\(beside 0\.25 GiB for its process\) 0\.00 MiB; use fewer ranks or state --memory$",
+        ),
+        ({"pp": 1}, 24, r"24\.00 GiB gives the one rank .* 11\.75 GiB; state --memory$"),
+        (
+            {"device": "cuda"},
+            16,
+            r"this device's 16\.00 GiB gives a rank 14\.40 GiB; raise -tp or -pp, or state --memory$",
+        ),
+        ({"memory": GIB}, 64, r"but --memory gives 1\.00 GiB; raise --memory, -tp or -pp$"),
+        (
+            {"memory": 40 * GIB},
+            24,
+            "a rank can have 11.15 GiB of this host's memory; use fewer ranks or a machine with",
+        ),
+        ({"num_blocks": 1000}, 24, "11.15 GiB of this host's memory; use fewer ranks or a machine with more memory$"),
+    ],
+)
+def test_a_refusal_names_what_gave_the_budget_and_what_helps(changes, available, message):
+    with pytest.raises(MemoryPlanError, match=message):
+        size_cache(config(**changes), SPEC, available * GIB)
+
+
+def test_a_context_that_default_memory_cannot_hold_is_not_blamed_on_a_flag():
+    small = ModelSpec.from_config({**SMALL_MOE, "max_position_embeddings": 10**8})
+    with pytest.raises(MemoryPlanError, match=r"gives the one rank .* is left beside .* or state --memory$") as refused:
+        size_cache(config(pp=1, max_model_len=10**8), small, 16 * GIB)
+    assert "raise" not in str(refused.value)
 
 
 def test_redundant_experts_are_budgeted():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -10,6 +11,10 @@ import torch
 from ridgewalk.kernels.expert_kernels import RowGroups, SendPlan
 from ridgewalk.kernels.kernel_set import KernelSet
 from ridgewalk.parallel.communicator import Communicator
+
+MOST_TURNS = 120
+"""Of a table. With it, up to six copies, and eight, share equally beside any others; the table of 256 experts is
+240 KiB a layer."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +82,10 @@ class Dispatcher:
 
 
 def replica_table(slots: Sequence[Sequence[int]], num_experts: int, rank: int) -> torch.Tensor:
-    """Places (rank * slots + slot) of each expert as one rank sees them: int64 ``[E, most replicas]``, cyclic.
+    """Places (rank * slots + slot) of each expert as one rank sees them: int64 ``[E, turns]``, cyclic.
+
+    As many turns as are a multiple of every expert's number of copies, so that copies share equally. Where that is over
+    `MOST_TURNS`, that many: then a copy of c may have one turn more than another, of about ``MOST_TURNS / c``.
 
     Raises:
         ValueError: an expert is nowhere.
@@ -91,5 +99,6 @@ def replica_table(slots: Sequence[Sequence[int]], num_experts: int, rank: int) -
             raise ValueError(f"the expert map has no slot for expert {expert}")
         here = [place for place in found if place // len(slots[0]) == rank]
         places[expert] = here[:1] or found
-    turns = max(map(len, places))
+    counts = {len(found) for found in places}
+    turns = min(math.lcm(*counts), max(MOST_TURNS, *counts))
     return torch.tensor([[found[turn % len(found)] for turn in range(turns)] for found in places])

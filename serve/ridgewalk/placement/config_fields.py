@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -30,6 +31,20 @@ def natural(config: Mapping[str, Any], field: str, default: int) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or value < 0:
         raise ValueError(f"config.json: {field} must be a whole number from 0 on, got {value!r}")
     return value
+
+
+def real(config: Mapping[str, Any], field: str, default: float) -> float:
+    """A number from 0 on; ``null`` means ``default``, as does a field that is missing.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    value = config.get(field)
+    if value is None:
+        return default
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
+        raise ValueError(f"config.json: {field} must be a number from 0 on, got {value!r}")
+    return float(value)
 
 
 def token_ids(value: Any) -> tuple[int, ...]:

@@ -28,19 +28,45 @@ def read_expert_load(path: Path, moe: MoESpec) -> ExpertLoad:
         ExpertLoadError: the file is not readable, or of a model with other layers or experts.
     """
     try:
-        load = msgspec.json.decode(path.read_bytes(), type=ExpertLoad)
+        return _decode(path, path.read_bytes(), moe)
     except OSError as error:
         raise ExpertLoadError(f"expert_load: {path} cannot be read: {error.strerror}") from error
+    except ExpertLoadError as error:
+        raise ExpertLoadError(f"expert_load: {error}; record it anew") from error
+
+
+def read_recorded(path: Path, model: str, moe: MoESpec) -> ExpertLoad | None:
+    """What a file that loads of ``model`` are to be added to holds already; None where there is none.
+
+    Raises:
+        ExpertLoadError: there is something that cannot be added to: unreadable, or of another model or shape.
+    """
+    try:
+        load = _decode(path, path.read_bytes(), moe)
+        if load.model != model:
+            raise ExpertLoadError(f"{path} is of {load.model}, not of {model}")
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise ExpertLoadError(f"record_expert_load: {path} cannot be read: {error.strerror}") from error
+    except ExpertLoadError as error:
+        raise ExpertLoadError(f"record_expert_load: {error}; name another file, or remove this one") from error
+    return load
+
+
+def _decode(path: Path, content: bytes, moe: MoESpec) -> ExpertLoad:
+    try:
+        load = msgspec.json.decode(content, type=ExpertLoad)
     except msgspec.DecodeError as error:
-        raise ExpertLoadError(f"expert_load: {path} is no file of expert loads: {error}") from error
+        raise ExpertLoadError(f"{path} is no file of expert loads: {error}") from error
     seen = (len(load.layers), {load.num_experts, *(len(layer) for layer in load.layers)})
     if seen != (len(moe.sparse_layers), {moe.num_experts}):
         raise ExpertLoadError(
-            f"expert_load: {path} is of {load.model} with {len(load.layers)} sparse layers of {load.num_experts} "
-            f"experts, but this model has {len(moe.sparse_layers)} of {moe.num_experts}; record it anew"
+            f"{path} is of {load.model} with {len(load.layers)} sparse layers of {load.num_experts} "
+            f"experts, but this model has {len(moe.sparse_layers)} of {moe.num_experts}"
         )
     if any(tokens < 0 for layer in load.layers for tokens in layer):
-        raise ExpertLoadError(f"expert_load: {path} has negative numbers of tokens; record it anew")
+        raise ExpertLoadError(f"{path} has negative numbers of tokens")
     return load
 
 

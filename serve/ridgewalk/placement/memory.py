@@ -17,6 +17,17 @@ class MemoryPlanError(ValueError):
 
 
 @dataclass(frozen=True)
+class BudgetSource:
+    """Where the budget of a rank comes from, in words of the errors about it."""
+
+    gives: str  # "... 2.00 GiB"
+    remedy: str
+
+
+STATED = BudgetSource("--memory gives", "raise --memory, -tp or -pp")
+
+
+@dataclass(frozen=True)
 class StageMemory:
     """What one rank of a stage needs. Bytes."""
 
@@ -90,11 +101,12 @@ def plan_memory(
     max_num_seqs: int,
     max_model_len: int,
     num_redundant_experts: int = 0,
+    source: BudgetSource = STATED,
 ) -> MemoryPlan:
     """Compute how many KV blocks fit beside weights and activations in ``budget_bytes`` of each rank.
 
     The stage with least room decides. There are never more blocks than ``max_num_seqs`` sequences of
-    ``max_model_len`` tokens could fill. Limits are those of one attention group.
+    ``max_model_len`` tokens could fill. Limits are those of one attention group. ``source``: of the budget.
 
     Raises:
         MemoryPlanError: weights and activations do not fit, or not even one sequence of ``max_model_len`` does.
@@ -113,15 +125,16 @@ def plan_memory(
         raise MemoryPlanError(
             f"{spec.architecture} needs {_gib(tightest.weight_bytes)} of weights and "
             f"{_gib(tightest.activation_bytes)} of activations per rank at {mesh.name}, "
-            f"but --memory gives {_gib(budget_bytes)}; raise --memory, -tp or -pp"
+            f"but {source.gives} {_gib(budget_bytes)}; {source.remedy}"
         )
     per_sequence = math.ceil(max_model_len / block_size)
     if fitting < per_sequence:
+        left = _gib(fitting * per_block)
         shorter = f"lower --max-model-len to {fitting * block_size} or " if fitting > 0 else ""
         raise MemoryPlanError(
             f"one sequence of {max_model_len} tokens needs {_gib(per_sequence * per_block)} of KV cache per rank at "
-            f"{mesh.name}, but only {_gib(fitting * per_block)} of {_gib(budget_bytes)} is left beside the weights; "
-            f"{shorter}raise --memory"
+            f"{mesh.name}, but {source.gives} {_gib(budget_bytes)}, of which {left} is left beside weights and "
+            f"activations; {shorter}{source.remedy}"
         )
     return MemoryPlan(budget_bytes, stages, min(fitting, per_sequence * max_num_seqs), block_size)
 

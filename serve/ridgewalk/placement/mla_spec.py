@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ridgewalk.placement.config_fields import natural, whole
+from ridgewalk.placement.config_fields import natural, real, whole
 from ridgewalk.placement.rope_spec import RopeSpec, yarn_mscale
 
 
@@ -58,7 +58,7 @@ def _softmax_scale(config: Mapping[str, Any], rope: RopeSpec, qk_head_dim: int) 
     """``qk_head_dim ** -0.5``, times YaRN's temperature squared: transformers' ``yarn_apply_mscale``."""
     scale = float(qk_head_dim**-0.5)
     fields = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
-    weight = float(fields.get("mscale_all_dim") or 0.0)
+    weight = real(fields, "mscale_all_dim", 0.0)
     if rope.rope_type == "default" or not weight:
         return scale
     mscale = yarn_mscale(rope.factor, weight)

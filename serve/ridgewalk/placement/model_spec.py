@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ridgewalk.placement import weights
-from ridgewalk.placement.config_fields import fp8_block, token_ids, whole
+from ridgewalk.placement.config_fields import fp8_block, real, token_ids, whole
 from ridgewalk.placement.families import FAMILIES, architecture_of, refuse_unbuilt
 from ridgewalk.placement.mesh import Mesh
 from ridgewalk.placement.mesh_fit import mesh_problem
@@ -90,7 +90,7 @@ class ModelSpec:
             num_kv_heads=num_heads if mla else int(config.get("num_key_value_heads") or num_heads),
             head_dim=head_dim,
             intermediate_size=whole(config, "intermediate_size"),
-            rms_norm_eps=float(config.get("rms_norm_eps", family.rms_norm_eps)),
+            rms_norm_eps=real(config, "rms_norm_eps", family.rms_norm_eps),
             rope=rope,
             max_position_embeddings=max_position_embeddings,
             tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),

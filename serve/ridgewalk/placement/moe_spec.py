@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from ridgewalk.placement.config_fields import natural, whole
+from ridgewalk.placement.config_fields import natural, real, whole
 
 ExpertNames = Literal["mixtral", "qwen3_moe", "deepseek"]
 """Whose tensor names a checkpoint's sparse layers use."""
@@ -152,7 +152,7 @@ def _deepseek(
         shared_intermediate_size=size * natural(config, "n_shared_experts", num_shared),
         scoring=scoring,
         norm_topk_prob=norm_topk_prob,
-        routed_scaling_factor=float(config.get("routed_scaling_factor", scaling)),
+        routed_scaling_factor=real(config, "routed_scaling_factor", scaling),
         num_groups=num_groups,
         topk_groups=topk_groups,
         group_score=group_score,

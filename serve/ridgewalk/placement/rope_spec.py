@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from ridgewalk.placement.config_fields import real
+
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 """Kinds of rotary embedding that are built, in the names of Hugging Face configs."""
 
@@ -36,42 +38,42 @@ class RopeSpec:
         """Read ``rope_parameters`` (transformers 5) or ``rope_theta`` with ``rope_scaling`` (older configs).
 
         Raises:
-            ValueError: the kind is not one of `ROPE_TYPES`, only part of each head is rotated, or a field is missing.
+            ValueError: the kind is not one of `ROPE_TYPES`, only part of each head is rotated, or a field is missing
+                or no number.
         """
         fields: dict[str, Any] = dict(config.get("rope_scaling") or {})
         fields.update(config.get("rope_parameters") or {})
         rope_type = str(fields.get("rope_type") or fields.get("type") or "default")
         if rope_type not in ROPE_TYPES:
             raise ValueError(f"rope type {rope_type!r} is not supported (supported: {', '.join(ROPE_TYPES)})")
-        rotary_share = float(fields.get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1.0)
+        rotary_share = real(fields, "partial_rotary_factor", real(config, "partial_rotary_factor", 1.0))
         if rotary_share != 1.0:
             raise ValueError(f"partial_rotary_factor {rotary_share} is not supported (only 1.0 is)")
-        theta = float(fields.get("rope_theta") or config.get("rope_theta") or default_theta)
+        theta = real(fields, "rope_theta", real(config, "rope_theta", default_theta)) or default_theta
         original = int(fields.get("original_max_position_embeddings") or max_position_embeddings)
         if rope_type == "default":
             return cls(theta=theta)
-        factor = fields.get("factor")
-        if factor is None:
-            if rope_type != "yarn":
-                raise ValueError(f"rope type {rope_type!r} needs the field 'factor'")
-            factor = max_position_embeddings / original
+        needed = {"linear": ("factor",), "llama3": ("factor", "low_freq_factor", "high_freq_factor")}
+        missing = [name for name in needed.get(rope_type, ()) if fields.get(name) is None]
+        if missing:
+            raise ValueError(f"rope type {rope_type!r} needs the field {missing[0]!r}")
+        factor = real(fields, "factor", max_position_embeddings / original)
+        if not factor:
+            raise ValueError(f"rope type {rope_type!r} needs a factor over 0")
         if rope_type == "linear":
-            return cls(rope_type, theta, float(factor))
+            return cls(rope_type, theta, factor)
         if rope_type == "llama3":
-            missing = [name for name in ("low_freq_factor", "high_freq_factor") if name not in fields]
-            if missing:
-                raise ValueError(f"rope type 'llama3' needs the field {missing[0]!r}")
-            low, high = float(fields["low_freq_factor"]), float(fields["high_freq_factor"])
-            return cls(rope_type, theta, float(factor), low, high, original)
+            low, high = real(fields, "low_freq_factor", 1.0), real(fields, "high_freq_factor", 4.0)
+            return cls(rope_type, theta, factor, low, high, original)
         return cls(
             rope_type,
             theta,
-            float(factor),
+            factor,
             original_max_position_embeddings=original,
-            beta_fast=float(fields.get("beta_fast") or 32.0),
-            beta_slow=float(fields.get("beta_slow") or 1.0),
+            beta_fast=real(fields, "beta_fast", 32.0) or 32.0,
+            beta_slow=real(fields, "beta_slow", 1.0) or 1.0,
             truncate=bool(fields.get("truncate", True)),
-            attention_factor=_yarn_attention_factor(fields, float(factor)),
+            attention_factor=_yarn_attention_factor(fields, factor),
         )
 
 
@@ -82,10 +84,8 @@ def yarn_mscale(factor: float, weight: float) -> float:
 
 def _yarn_attention_factor(fields: Mapping[str, Any], factor: float) -> float:
     """What cos and sin are multiplied by, as transformers infers it from a config."""
-    given = fields.get("attention_factor")
-    if given is not None:
-        return float(given)
-    numerator, denominator = fields.get("mscale"), fields.get("mscale_all_dim")
+    numerator, denominator = real(fields, "mscale", 0.0), real(fields, "mscale_all_dim", 0.0)
+    inferred = yarn_mscale(factor, 1.0)
     if numerator and denominator:
-        return yarn_mscale(factor, float(numerator)) / yarn_mscale(factor, float(denominator))
-    return yarn_mscale(factor, 1.0)
+        inferred = yarn_mscale(factor, numerator) / yarn_mscale(factor, denominator)
+    return real(fields, "attention_factor", inferred)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ridgewalk.engine.step import RankTimings
-from ridgewalk.placement.expert_load import ExpertLoad, write_expert_load
+from ridgewalk.placement.expert_load import ExpertLoad, ExpertLoadError, read_recorded, write_expert_load
 from ridgewalk.placement.expert_map import ExpertMap, uniform_expert_map
 from ridgewalk.placement.mesh import Mesh
 from ridgewalk.placement.model_spec import ModelSpec
@@ -26,6 +26,7 @@ class ExpertLoadCounter:
     """Sums what ranks report of their slots into tokens per logical expert. Of measured steps: a sample is enough."""
 
     def __init__(self, spec: ModelSpec, moe: MoESpec, mesh: Mesh, expert_map: ExpertMap | None) -> None:
+        self.moe = moe
         self._mesh = mesh
         self._map = expert_map or uniform_expert_map(moe, mesh.dp * mesh.tp)
         stages = stage_layers(spec, mesh.pp)
@@ -48,17 +49,21 @@ class ExpertLoadCounter:
 
 
 class ExpertLoadRecorder:
-    """Keeps a file of the loads up to date: every `WRITE_EVERY_S`, and at the end.
+    """Adds the loads to a file: every `WRITE_EVERY_S`, and at the end.
 
-    A thread of its own writes, so that a slow disk does not hold up the engine's steps.
+    What the file holds stays: a replica that is started again, or a later service, goes on where the one before ended.
+    To begin anew, remove the file. Where it cannot be written, or is of another model or shape, it is left alone with
+    one warning, and what was not written is kept for the next try. A thread of its own writes, so that a slow disk does
+    not hold up the engine's steps.
     """
 
     def __init__(self, model_name: str, counter: ExpertLoadCounter, path: Path) -> None:
         self._model_name = model_name
         self._counter = counter
         self._path = path
-        self._lock = threading.Lock()  # of the counter and the flag
-        self._changed = False
+        self._lock = threading.Lock()  # of the counter
+        self._written = [list(tokens) for tokens in counter.layers]  # of the counter's, what the file has
+        self._failing = False
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._run, name="expert-load", daemon=True)
         self._thread.start()
@@ -67,7 +72,6 @@ class ExpertLoadRecorder:
         """A measured step, one entry per rank."""
         with self._lock:
             self._counter.add(ranks)
-            self._changed = True
 
     def close(self) -> None:
         """Write what is not written yet. Idempotent."""
@@ -81,15 +85,33 @@ class ExpertLoadRecorder:
 
     def _write(self) -> None:
         with self._lock:
-            if not self._changed:
-                return
-            layers = [list(tokens) for tokens in self._counter.layers]
-            self._changed = False
+            counted = [list(tokens) for tokens in self._counter.layers]
+        if counted == self._written:
+            return
         try:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            write_expert_load(self._path, ExpertLoad(self._model_name, len(layers[0]), layers))
+            self._add_to_file(_sum(counted, self._written, sign=-1))
         except OSError as error:
-            logger.warning("record_expert_load: cannot write %s: %s", self._path, error.strerror)
+            self._warn(f"record_expert_load: {self._path} cannot be written: {error.strerror}")
+        except ExpertLoadError as error:
+            self._warn(str(error))
+        else:
+            self._written, self._failing = counted, False
+
+    def _add_to_file(self, layers: list[list[int]]) -> None:
+        recorded = read_recorded(self._path, self._model_name, self._counter.moe)
+        if recorded is not None:
+            layers = _sum(recorded.layers, layers)
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        write_expert_load(self._path, ExpertLoad(self._model_name, self._counter.moe.num_experts, layers))
+
+    def _warn(self, message: str) -> None:
+        if not self._failing:
+            logger.warning("%s (no further warning until it succeeds)", message)
+        self._failing = True
+
+
+def _sum(first: list[list[int]], second: list[list[int]], sign: int = 1) -> list[list[int]]:
+    return [[a + sign * b for a, b in zip(*layers, strict=True)] for layers in zip(first, second, strict=True)]
 
 
 def make_expert_load_recorder(config: EngineConfig, spec: ModelSpec) -> ExpertLoadRecorder | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from ridgewalk.placement.memory import MemoryPlan, MemoryPlanError, plan_memory
+from ridgewalk.placement.memory import GIB, STATED, BudgetSource, MemoryPlan, MemoryPlanError, plan_memory
 from ridgewalk.placement.model_spec import ModelSpec
 from ridgewalk.replica.engine_config import EngineConfig
 from ridgewalk.replica.host import num_cores
@@ -17,6 +17,10 @@ GPU_SHARE = 0.9
 
 STATED_SHARE = 0.95
 """Of either, when the user states `memory` or `num_blocks`. Over that Ray's memory monitor kills ranks."""
+
+RANK_PROCESS_BYTES = GIB // 4
+"""What a CPU rank's process takes before it holds anything of a model: measured 255 MiB of private memory (torch, its
+thread pools, the transports). On CUDA the device's share is the budget, and the host has room."""
 
 _UNBOUNDED = 2**63
 
@@ -31,9 +35,16 @@ def size_cache(config: EngineConfig, spec: ModelSpec, available_bytes: int | Non
             are more than there is.
     """
     ranks_sharing = 1 if config.device == "cuda" else max(config.ranks_per_host, config.world_size)
-    budget = _UNBOUNDED  # with num_blocks the cache is stated: the plan tells what everything else takes
-    if config.num_blocks is None:
-        budget = config.memory if config.memory is not None else _default_budget(config, available_bytes, ranks_sharing)
+    source = STATED
+    if config.num_blocks is not None:
+        budget = _UNBOUNDED  # the cache is stated: the plan tells what everything else takes
+    elif config.memory is not None:
+        budget = config.memory
+    else:
+        assert available_bytes is not None, "without memory and num_blocks the memory there is must be known"
+        share = GPU_SHARE if config.device == "cuda" else CPU_SHARE
+        budget = _rank_share(config, available_bytes, share, ranks_sharing)
+        source = _default_source(config, available_bytes, ranks_sharing)
     plan = plan_memory(
         spec,
         config.mesh,
@@ -44,11 +55,12 @@ def size_cache(config: EngineConfig, spec: ModelSpec, available_bytes: int | Non
         config.max_num_seqs,
         config.max_model_len,
         num_redundant_experts=config.num_redundant_experts,
+        source=source,
     )
     if config.num_blocks is not None:
         plan = replace(plan, num_blocks=config.num_blocks)
     if available_bytes is not None:
-        _check_stated(config, plan, int(available_bytes * STATED_SHARE / ranks_sharing))
+        _check_stated(config, plan, _rank_share(config, available_bytes, STATED_SHARE, ranks_sharing))
     return plan
 
 
@@ -59,9 +71,21 @@ def num_threads(config: EngineConfig, ranks_on_host: int) -> int:
     return max(1, num_cores() // max(config.ranks_per_host, ranks_on_host))
 
 
-def _default_budget(config: EngineConfig, available_bytes: int | None, ranks_sharing: int) -> int:
-    assert available_bytes is not None, "without memory and num_blocks the memory there is must be known"
-    return int(available_bytes * (GPU_SHARE if config.device == "cuda" else CPU_SHARE) / ranks_sharing)
+def _rank_share(config: EngineConfig, available_bytes: int, share: float, ranks_sharing: int) -> int:
+    """What one rank can have for the model, when all together may have ``share``."""
+    process = 0 if config.device == "cuda" else RANK_PROCESS_BYTES
+    return max(0, int(available_bytes * share / ranks_sharing) - process)
+
+
+def _default_source(config: EngineConfig, available_bytes: int, ranks_sharing: int) -> BudgetSource:
+    if config.device == "cuda":
+        share = f"the default share of this device's {_gib(available_bytes)} gives a rank"
+        return BudgetSource(share, "raise -tp or -pp, or state --memory")
+    share = f"the default share of this machine's {_gib(available_bytes)} gives"
+    process = f"(beside {_gib(RANK_PROCESS_BYTES)} for its process)"
+    if ranks_sharing == 1:
+        return BudgetSource(f"{share} the one rank {process}", "state --memory")
+    return BudgetSource(f"{share} each of {ranks_sharing} ranks {process}", "use fewer ranks or state --memory")
 
 
 def _check_stated(config: EngineConfig, plan: MemoryPlan, limit: int) -> None:
@@ -73,10 +97,13 @@ def _check_stated(config: EngineConfig, plan: MemoryPlan, limit: int) -> None:
         f"{_gib(plan.kv_bytes)} of KV cache beside {_gib(beside)} of weights and activations per rank, but a rank can "
         f"have {_gib(limit)} of this {where}'s memory"
     )
+    fitting = plan.blocks_within(limit)
+    others = "raise -tp or -pp" if config.device == "cuda" else "use fewer ranks or a machine with more memory"
     if config.num_blocks is not None:
-        fitting = plan.blocks_within(limit)
-        raise MemoryPlanError(f"num_blocks {config.num_blocks} needs {figures}; lower --num-blocks to {fitting}")
-    raise MemoryPlanError(f"memory {_gib(config.memory or 0)} means {figures}; lower --memory to {_gib(limit)}")
+        remedy = f"lower --num-blocks to {fitting}" if fitting else others
+        raise MemoryPlanError(f"num_blocks {config.num_blocks} needs {figures}; {remedy}")
+    remedy = f"lower --memory to {_gib(limit)}" if fitting else others
+    raise MemoryPlanError(f"memory {_gib(config.memory or 0)} means {figures}; {remedy}")
 
 
 def _gib(num_bytes: int) -> str:
