@@ -1,0 +1,74 @@
+"""Prometheus rules: promtool takes them, each alert has a case that fires and one that does not, every metric exists."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from ridgewalk.metrics.catalogue import CATALOGUE
+
+FOLDER = Path(__file__).parents[2] / "monitoring" / "prometheus"
+CASES = FOLDER / "tests" / "alerts.test.yml"
+RULES = ("recording.rules.yml", "alerts.rules.yml")
+
+needs_promtool = pytest.mark.skipif(shutil.which("promtool") is None, reason="promtool is not installed")
+
+
+def rules() -> list[dict[str, Any]]:
+    return [
+        rule
+        for name in RULES
+        for group in yaml.safe_load((FOLDER / name).read_text())["groups"]
+        for rule in group["rules"]
+    ]
+
+
+def promtool(*arguments: str) -> None:
+    done = subprocess.run(["promtool", *arguments], cwd=FOLDER, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@needs_promtool
+def test_promtool_takes_the_configuration_and_its_rules() -> None:
+    promtool("check", "config", "prometheus.yml")
+
+
+@needs_promtool
+def test_alerts_fire_when_they_should_and_only_then() -> None:
+    promtool("test", "rules", str(CASES))
+
+
+def test_every_alert_has_a_case_that_fires_and_one_that_does_not() -> None:
+    fires: dict[str, set[bool]] = {}
+    for case in yaml.safe_load(CASES.read_text())["tests"]:
+        for expected in case["promql_expr_test"]:
+            name = re.search(r'alertname="(\w+)"', expected["expr"])
+            assert name is not None
+            fires.setdefault(name[1], set()).add(bool(expected["exp_samples"]))
+    assert fires == {rule["alert"]: {True, False} for rule in rules() if "alert" in rule}
+
+
+def test_every_alert_says_how_bad_it_is_and_what_to_do() -> None:
+    for rule in rules():
+        if "alert" in rule:
+            assert rule["labels"]["severity"] in ("warning", "critical")
+            assert rule["annotations"]["summary"]
+            assert rule["annotations"]["runbook"]
+
+
+def test_rules_name_only_what_is_exported_or_recorded() -> None:
+    exported = {
+        name
+        for spec in CATALOGUE
+        for name in (spec.name, *(f"{spec.name}_{part}" for part in ("bucket", "sum", "count")))
+    }
+    recorded = {rule["record"] for rule in rules() if "record" in rule}
+    for rule in rules():
+        for name in re.findall(r"\bridgewalk[:_][\w:]+", rule["expr"]):
+            assert name in exported | recorded, f"{rule.get('alert') or rule['record']} reads {name}"
