@@ -1,4 +1,4 @@
-"""Prometheus rules: promtool takes them, each alert has a case that fires and one that does not, every metric exists."""
+"""Prometheus rules: promtool takes them, each alert has a case that fires and a quiet one, every metric exists."""
 
 from __future__ import annotations
 
