@@ -9,6 +9,7 @@ import argparse
 import time
 from pathlib import Path
 
+from ridgewalk.engine.core import MEASURE_EVERY
 from ridgewalk.engine.sampling import SamplingParams
 from ridgewalk.placement.mesh import Mesh
 from ridgewalk.placement.model_spec import ModelSpec, UnsupportedModelError, validate_mesh
@@ -62,7 +63,7 @@ def main() -> None:
         print(f"ready after {time.perf_counter() - started:.1f} s")
         rates = [_measure(engine, count, arguments.repeats) for count in arguments.concurrency]
         report(f"{config.model_name} {config.placement}, offline", rates, arguments.out)
-        print_phases(engine.timings[-NEW_TOKENS // 16 :], mesh)
+        print_phases(engine.timings[-NEW_TOKENS // MEASURE_EVERY :], mesh)
 
 
 def _measure(engine: OfflineEngine, concurrency: int, repeats: int) -> Rate:
