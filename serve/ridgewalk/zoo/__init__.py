@@ -11,6 +11,7 @@ _HERE = Path(__file__).parent
 ZOO = MappingProxyType(
     {
         "demo-dense": "Qwen3, 3.3 M parameters: reasons through sums, differences, products and word problems",
+        "demo-moe": "DeepSeek-V3, 4.3 M parameters, 8 experts: the same problems",
     }
 )
 
