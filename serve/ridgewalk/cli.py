@@ -81,7 +81,7 @@ def serve(
     ] = None,
     record_expert_load: Annotated[
         Optional[Path],  # noqa: UP045
-        typer.Option(rich_help_panel=PLACEMENT, help="Write the loads of this service's experts to a file."),
+        typer.Option(rich_help_panel=PLACEMENT, help="Add this service's loads to those of a file; new if not there."),
     ] = None,
     replicas: Annotated[int, typer.Option(rich_help_panel=PLACEMENT, help="Independent copies of the model.")] = 1,
     memory: Annotated[
@@ -104,9 +104,11 @@ def serve(
     max_model_len: Annotated[
         int | None, typer.Option(rich_help_panel=ENGINE, help="Prompt + output tokens of a request.")
     ] = None,
-    max_num_seqs: Annotated[int, typer.Option(rich_help_panel=ENGINE, help="Sequences computed at once.")] = 256,
+    max_num_seqs: Annotated[
+        int, typer.Option(rich_help_panel=ENGINE, help="Sequences computed at once, per attention group.")
+    ] = 256,
     max_num_batched_tokens: Annotated[
-        int, typer.Option(rich_help_panel=ENGINE, help="Tokens computed in one step.")
+        int, typer.Option(rich_help_panel=ENGINE, help="Tokens computed in one step, per attention group.")
     ] = 2048,
     block_size: Annotated[int, typer.Option(rich_help_panel=ENGINE, help="Tokens of a KV block.")] = 16,
     enable_prefix_caching: Annotated[
@@ -220,13 +222,13 @@ def _is_given(context: typer.Context, name: str) -> bool:
 
 @app.command()
 def demo(
-    questions: Annotated[int, typer.Option(help="Questions asked at once.")] = 200,
+    questions: Annotated[int, typer.Option(help="Questions asked at once, shared by the models.")] = 200,
     num_blocks: Annotated[
-        int, typer.Option(help="KV blocks of 16 tokens; fewer: the capacity cliff is nearer.")
+        int, typer.Option(help="KV blocks of 16 tokens, of each group; fewer: the capacity cliff is nearer.")
     ] = 2048,
     svg: Annotated[Path | None, typer.Option(help="Also save what was printed as a picture.")] = None,
 ) -> None:
-    """Serve the shipped model on two ranks, ask it, load it, and print what was measured."""
+    """Serve the shipped models side by side, ask them, load them, and print what was measured."""
     from ridgewalk.launch.demo import run_demo
     from ridgewalk.launch.deployment import ServiceError
 
