@@ -9,7 +9,7 @@ from ridgewalk.zoo import zoo_path
 from ridgewalk.zoo.evaluate import judge
 from ridgewalk.zoo.problems import sample_problems
 
-PROBLEMS = 300
+PROBLEMS = 200
 
 
 @pytest.mark.slow

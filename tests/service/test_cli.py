@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import signal
 import subprocess
 import sys
@@ -83,7 +82,6 @@ def test_two_services_live_on_one_machine_and_leave_nothing_behind(start: Start,
             with ThreadPoolExecutor(12) as pool:
                 assert set(pool.map(ask, [url] * 12)) == {"85"}
         assert starting.result() <= {None, 503, 200}
-    streaming = ThreadPoolExecutor(1).submit(stream_to_the_end, urls[0])
     if hosts[1] == "::":
         assert ask(f"http://[::1]:{ports[1]}") == "85"
     assert used_placements(urls[0]) == {"TP1": 1}
@@ -97,8 +95,6 @@ def test_two_services_live_on_one_machine_and_leave_nothing_behind(start: Start,
         process.send_signal(signal.SIGINT)
         assert process.wait(30) == 0
         assert time.monotonic() - asked < 10  # the promise of the README
-        if process is services[0]:
-            assert json.loads(streaming.result(5)[-1].removeprefix("data: "))["error"]["type"] == "server_error"
         _, alive = psutil.wait_procs(family, timeout=0)
         assert [child for child in alive if child.status() != psutil.STATUS_ZOMBIE] == []
         assert not folder.exists()
@@ -115,17 +111,6 @@ def statuses_until_ready(url: str) -> set[int | None]:
                 seen.add(None)
             time.sleep(0.02)
     return seen
-
-
-def stream_to_the_end(url: str) -> list[str]:
-    """The lines of endless streams, one request after the other, until one ends otherwise."""
-    fields = {"max_tokens": 1900, "ignore_eos": True, "stream": True}
-    body = {"model": MODEL, "messages": [{"role": "user", "content": "What is 27 + 58?"}], **fields}
-    while True:
-        with httpx.stream("POST", f"{url}/v1/chat/completions", json=body, timeout=60, trust_env=False) as reply:
-            lines = [line for line in reply.iter_lines() if line]
-        if lines[-1] != "data: [DONE]":
-            return lines
 
 
 def used_placements(url: str) -> dict[str, int]:
