@@ -106,6 +106,19 @@ def test_redundant_experts_take_memory(sparse: Path, tmp_path: Path) -> None:
     assert redundant.weight_bytes - plain.weight_bytes == NUM_LAYERS * one_expert
 
 
+def test_what_only_fits_in_fp8_is_left_to_ranks_on_gpus(sparse: Path, tmp_path: Path) -> None:
+    """Their devices may multiply FP8; the CPU of this machine does not."""
+    for file in sparse.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    config = json.loads((sparse / "config.json").read_text())
+    quantized = {**config, "quantization_config": {"quant_method": "fp8", "weight_block_size": [16, 16]}}
+    (tmp_path / "config.json").write_text(json.dumps(quantized))
+    on_cpu, on_gpu = (plan(tmp_path, gpus_per_rank=gpus, memory="256MiB").memory_plan for gpus in (0, 1))
+    assert on_cpu is not None
+    assert on_gpu is not None
+    assert on_gpu.weight_bytes < on_cpu.weight_bytes == plan(sparse).memory_plan.weight_bytes
+
+
 @pytest.mark.parametrize(
     ("placement", "message"),
     [

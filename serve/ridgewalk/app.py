@@ -261,7 +261,8 @@ def _resolve_placement(
     plan = None
     available = host.memory if engine.device == "cpu" else None
     if available is not None or engine.memory is not None or engine.num_blocks is not None:
-        plan = size_cache(engine, spec, available)
+        # Whether devices multiply FP8 only the ranks can tell. Assume so: what then does not fit, never does.
+        plan = size_cache(engine, spec, available, keeps_fp8=engine.device == "cuda")
         engine.scheduler_config(plan.num_blocks)  # refuses limits that cannot work
     return PlannedPlacement(_deployment_name(name, placement.name), placement.num_replicas, engine, plan)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from ridgewalk.engine.stats import GroupStats
@@ -64,9 +66,11 @@ def test_rates_are_those_of_the_last_second() -> None:
     assert round((engine.run(3, 200).flops_per_second or 0) / per_token) == 200
 
 
-def bytes_per_step(spec: ModelSpec, mesh: Mesh, tokens: int, redundant: int = 0, filled: int = 16) -> float:
+def bytes_per_step(
+    spec: ModelSpec, mesh: Mesh, tokens: int, redundant: int = 0, filled: int = 16, keeps_fp8: bool = False
+) -> float:
     """Of a replica that makes 10 steps in 2 s."""
-    utilization = Utilization(spec, mesh, "float32", redundant)
+    utilization = Utilization(spec, mesh, "float32", redundant, keeps_fp8)
     utilization.on_stats(make_stats(), 0.0)
     group = GroupStats(1, 0, 99, 16 - filled, 1)
     utilization.on_stats(make_stats([group], steps=10, computed_tokens=10 * tokens), 2.0)
@@ -90,6 +94,14 @@ def test_a_step_reads_only_the_experts_that_its_tokens_choose() -> None:
     untouched = (3 / 4) ** 2 * 4  # experts of a layer
     assert bytes_per_step(spec, Mesh(), tokens=2, filled=0) == pytest.approx(held - 2 * untouched * expert)
     assert bytes_per_step(spec, Mesh(), tokens=1000, filled=0) == pytest.approx(held)
+
+
+def test_weights_kept_in_fp8_are_read_in_it() -> None:
+    spec = replace(sparse_spec(), fp8_block=(8, 8))
+    expert = 3 * 8 * 16 + 4 * 3 * 2  # two blocks of each of three matrices
+    held = spec.weight_bytes_of_replica(Mesh(), "float32", keeps_fp8=True)
+    found = bytes_per_step(spec, Mesh(), tokens=1, filled=0, keeps_fp8=True)
+    assert found == pytest.approx(held - 2 * 3 * expert)
 
 
 def test_data_parallel_attention_reads_its_weights_in_every_group_and_each_expert_once() -> None:

@@ -108,6 +108,7 @@ SPARSE = {
     ),
     "deepseek-v3": lambda: _deepseek_v3(rope_parameters=DEEPSEEK_V3_ROPE),
     "deepseek-v3-fp8": lambda: _deepseek_v3(rope_parameters=DEEPSEEK_V3_ROPE),
+    "deepseek-v3-aligned-fp8": lambda: _deepseek_v3(moe_intermediate_size=32, v_head_dim=16),
     "deepseek-v3-no-q-lora": lambda: _deepseek_v3(q_lora_rank=None, n_group=4, topk_group=2),
 }
 FAMILIES = {**DENSE, **SPARSE}

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from ridgewalk.engine.sampling import SamplingParams
+from ridgewalk.model.loader import load_parameters
 from ridgewalk.placement.expert_map import balanced_expert_map
 from ridgewalk.placement.mesh import Mesh
 from ridgewalk.placement.model_spec import ModelSpec
@@ -115,6 +116,31 @@ def exercise(driver: Driver) -> list[Sequence]:
 @pytest.mark.parametrize(("family", "mesh"), CASES, ids=lambda value: getattr(value, "name", value))
 def test_every_mesh_equals_transformers(checkpoint, start, family, mesh):
     for sequence in exercise(start(family, mesh)):
+        assert len(sequence.output) >= 3
+        assert_greedy(checkpoint(family), sequence)
+
+
+@pytest.mark.parametrize("family", ["deepseek-v3-fp8", "deepseek-v3-aligned-fp8"])
+@pytest.mark.parametrize(
+    "mesh",
+    [Mesh(), Mesh(tp=2), Mesh(tp=4), Mesh(pp=2), Mesh(dp=2, expert_parallel=True), Mesh(pp=2, tp=2)],
+    ids=lambda mesh: mesh.name,
+)
+def test_weights_kept_in_fp8_equal_transformers(checkpoint, start, monkeypatch, family, mesh):
+    held: list[int] = []
+
+    def load(*arguments):
+        parameters = load_parameters(*arguments)
+        held.append(sum(weight.nbytes for weight in parameters.values()))
+        return parameters
+
+    monkeypatch.setattr("ridgewalk.model.runner.load_parameters", load)
+    driver = start(family, mesh, keeps_fp8=True)
+    spec = ModelSpec.from_folder(checkpoint(family).folder)
+    planned = spec.weight_bytes_per_stage(mesh, "float32", keeps_fp8=True)
+    assert sorted(held) == sorted(planned * (mesh.tp * mesh.dp))
+    assert max(held) < spec.weight_bytes_per_rank(mesh, "float32")
+    for sequence in exercise(driver):
         assert len(sequence.output) >= 3
         assert_greedy(checkpoint(family), sequence)
 

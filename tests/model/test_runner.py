@@ -12,7 +12,7 @@ from ridgewalk.model import decoder as decoder_module
 from ridgewalk.model import runner as runner_module
 from ridgewalk.model.moe import MoE
 from ridgewalk.model.phase_clock import PhaseClock
-from ridgewalk.model.runner import create_runner
+from ridgewalk.model.runner import create_runner, multiplies_fp8
 from ridgewalk.model.sequence_table import StepError
 from ridgewalk.placement.mesh import Mesh
 from ridgewalk.placement.model_spec import UnsupportedModelError
@@ -271,3 +271,10 @@ def test_more_sequences_than_rows_grow_the_table(group):
 def test_mesh_that_does_not_fit_is_refused_before_anything_connects(checkpoint):
     with pytest.raises(UnsupportedModelError, match="3 does not divide"):
         create_runner(make_config(checkpoint("qwen3").folder, tp=3))
+
+
+@pytest.mark.parametrize(("capability", "expected"), [((8, 0), False), ((8, 9), True), ((9, 0), True), ((10, 0), True)])
+def test_fp8_is_multiplied_from_capability_8_9_on(monkeypatch, capability, expected):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert multiplies_fp8("cuda") is expected
+    assert not multiplies_fp8("cpu")

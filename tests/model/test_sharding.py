@@ -57,8 +57,10 @@ def cases(families, meshes):
     return [pytest.param(family, mesh, id=f"{family}-{mesh.name}") for family, mesh in fitting]
 
 
-def load(folder, spec: ModelSpec, mesh: Mesh, expert_map: ExpertMap | None = None, dtype=torch.float32):
-    plans = [shard_plan(spec, mesh, rank, expert_map) for rank in range(mesh.world_size)]
+def load(
+    folder, spec: ModelSpec, mesh: Mesh, expert_map: ExpertMap | None = None, dtype=torch.float32, keeps_fp8=False
+):
+    plans = [shard_plan(spec, mesh, rank, expert_map, keeps_fp8) for rank in range(mesh.world_size)]
     return [load_parameters(folder, spec, plan, dtype, torch.device("cpu")) for plan in plans]
 
 
@@ -108,6 +110,19 @@ def test_ranks_with_copies_hold_as_many_bytes_as_placement_says(checkpoint, fami
     ranks = load(folder, spec, mesh, redundant_map(spec, mesh), getattr(torch, dtype))
     held = [sum(tensor.nbytes for tensor in rank.values()) for rank in ranks]
     assert max(held) == spec.weight_bytes_per_rank(mesh, dtype, REDUNDANT)
+
+
+@pytest.mark.parametrize("keeps_fp8", [False, True])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("family", "mesh"), cases([family for family in SPARSE if family.endswith("-fp8")], PLAIN + EXPERT_PARALLEL)
+)
+def test_ranks_hold_as_many_bytes_of_fp8_as_placement_says(checkpoint, family, mesh, dtype, keeps_fp8):
+    folder = checkpoint(family).folder
+    spec = ModelSpec.from_folder(folder)
+    per_stage = spec.weight_bytes_per_stage(mesh, dtype, keeps_fp8=keeps_fp8)
+    for rank, held in enumerate(load(folder, spec, mesh, None, getattr(torch, dtype), keeps_fp8)):
+        assert sum(weight.nbytes for weight in held.values()) == per_stage[mesh.coordinates(rank)[1]]
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -6,8 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ridgewalk.kernels.block_scales import SCRATCH_VALUES
 from ridgewalk.kernels.torch_experts import ROW_BLOCK
-from ridgewalk.placement.activations import EXPERT_ROWS, StepLimits, activation_bytes
+from ridgewalk.placement.activations import EXPERT_ROWS, FP8_SCRATCH, StepLimits, activation_bytes
 from ridgewalk.placement.memory import GIB, MemoryPlan, MemoryPlanError, StageMemory, plan_memory
 from ridgewalk.placement.mesh import Mesh
 from ridgewalk.placement.model_spec import ModelSpec
@@ -141,3 +142,9 @@ def test_only_stages_with_experts_and_the_last_need_room_for_them_and_for_logits
 
 def test_experts_take_as_many_rows_at_once_as_the_budget_counts():
     assert EXPERT_ROWS == ROW_BLOCK
+
+
+def test_products_with_fp8_weights_have_the_memory_that_the_budget_counts():
+    assert FP8_SCRATCH == SCRATCH_VALUES
+    plain, kept = (activation_bytes(R1, Mesh(tp=8), "bfloat16", LIMITS, keeps_fp8=on)[0] for on in (False, True))
+    assert kept - plain == FP8_SCRATCH * (2 * 2 + 4 + 4 + 1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import threading
 from collections import deque
+from collections.abc import Collection
 
 import msgspec
 import zmq
@@ -29,10 +30,11 @@ from tests.engine.fake_ranks import FakeGroup
 class FakeRank(threading.Thread):
     """One rank. It holds outputs back at random, more steps may come meanwhile, so that groups overtake one another."""
 
-    def __init__(self, launch: RankLaunch) -> None:
+    def __init__(self, launch: RankLaunch, multiplies_fp8: bool) -> None:
         super().__init__(daemon=True)
         engine = launch.engine
         self.launch = launch
+        self.multiplies_fp8 = multiplies_fp8
         self.dp, self.pp, self.tp = engine.mesh.coordinates(launch.rank)
         self.speaks = self.pp == engine.pp - 1 and self.tp == 0
         self.group = FakeGroup(engine.block_size)
@@ -46,7 +48,8 @@ class FakeRank(threading.Thread):
         socket = context.socket(zmq.DEALER)
         socket.setsockopt(zmq.IDENTITY, self.launch.identity)
         socket.connect(self.launch.endpoint)
-        self._send(socket, Hello(self.launch.rank, 0, "127.0.0.1", 1000 + self.launch.rank, 2**40, "here"))
+        rank = self.launch.rank
+        self._send(socket, Hello(rank, 0, "127.0.0.1", 1000 + rank, 2**40, "here", self.multiplies_fp8))
         decoder = msgspec.msgpack.Decoder(ToRank)
         while True:
             if socket.poll(1):
@@ -82,11 +85,12 @@ class FakeRank(threading.Thread):
 class FakeRankThreads:
     """Implements `zmq_executor.RankLauncher`."""
 
-    def __init__(self) -> None:
+    def __init__(self, fp8_ranks: Collection[int] = ()) -> None:
+        self.fp8_ranks = fp8_ranks
         self.ranks: list[FakeRank] = []
 
     def start(self, launches: list[RankLaunch]) -> None:
-        self.ranks = [FakeRank(launch) for launch in launches]
+        self.ranks = [FakeRank(launch, launch.rank in self.fp8_ranks) for launch in launches]
         for rank in self.ranks:
             rank.start()
 

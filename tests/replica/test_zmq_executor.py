@@ -11,6 +11,7 @@ from ridgewalk.engine.core import EngineCore
 from ridgewalk.engine.executor import ExecutorError
 from ridgewalk.engine.sampling import SamplingParams
 from ridgewalk.engine.step import GroupOutput, RankTimings
+from ridgewalk.placement.mesh import Mesh
 from ridgewalk.placement.model_spec import ModelSpec
 from ridgewalk.replica.engine_config import EngineConfig
 from ridgewalk.replica.output_assembler import OutputAssembler
@@ -138,3 +139,16 @@ def test_an_output_that_nobody_waits_for_is_an_error(step: int, group: int) -> N
     assembler.add(0, 0, GroupOutput([]))
     with pytest.raises(RuntimeError, match=f"group {group} sent an output of step {step}"):
         assembler.add(step, group, GroupOutput([]))
+
+
+@pytest.mark.parametrize("fp8_ranks", [(), (0,), (0, 1)])
+def test_fp8_is_kept_when_every_rank_multiplies_it(fp8_ranks: tuple[int, ...]) -> None:
+    quantized = {"quant_method": "fp8", "weight_block_size": [16, 16]}
+    spec = ModelSpec.from_config({**SMALL_MOE, "quantization_config": quantized})
+    threads, kept = FakeRankThreads(fp8_ranks), len(fp8_ranks) == 2
+    executor = ZmqExecutor(engine_config(tp=2), spec, threads)
+    try:
+        assert [rank.begin.keeps_fp8 for rank in threads.ranks if rank.begin] == [kept, kept]
+        assert executor.memory_plan.weight_bytes == spec.weight_bytes_per_rank(Mesh(tp=2), "float32", keeps_fp8=kept)
+    finally:
+        executor.close()

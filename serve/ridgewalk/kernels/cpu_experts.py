@@ -6,6 +6,7 @@ import ctypes
 
 import torch
 
+from ridgewalk.kernels.block_scales import Fp8Weight, Weight
 from ridgewalk.kernels.cpu_calls import DTYPE_CODES, FLOAT, INT, INT64, POINTER, address, declare
 from ridgewalk.kernels.expert_kernels import ExpertWeights, RouterRules, RowGroups, SendPlan
 from ridgewalk.kernels.torch_experts import TorchExpertKernels
@@ -114,8 +115,10 @@ class CpuExpertKernels(TorchExpertKernels):
         )
         return RowGroups(*found.split_with_sizes((rows, rows, num_slots + 1)))
 
-    def pack_experts(self, gate_up: torch.Tensor, down: torch.Tensor) -> ExpertWeights:
+    def pack_experts(self, gate_up: Weight, down: Weight) -> ExpertWeights:
         """See `ExpertKernels.pack_experts`."""
+        if isinstance(gate_up, Fp8Weight) or isinstance(down, Fp8Weight):
+            return super().pack_experts(gate_up, down)
         num_slots, hidden_size, intermediate_size = down.shape
         sizes = (ctypes.c_int64(), ctypes.c_int64())
         code = DTYPE_CODES[down.dtype]

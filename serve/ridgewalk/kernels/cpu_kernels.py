@@ -7,6 +7,7 @@ import weakref
 
 import torch
 
+from ridgewalk.kernels.block_scales import Fp8Weight, Weight
 from ridgewalk.kernels.cpu_calls import DTYPE_CODES, FLOAT, INT, INT64, LANES, POINTER, declare
 from ridgewalk.kernels.cpu_experts import CpuExpertKernels
 from ridgewalk.kernels.cpu_latent import CpuLatentKernels
@@ -48,8 +49,10 @@ class CpuKernels(CpuExpertKernels, CpuLatentKernels):
         """See `KernelSet.needs_torch_threads`."""
         return self._packed_size(32, 32, DTYPE_CODES[dtype]) == 0
 
-    def pack(self, weight: torch.Tensor) -> Matrix:
+    def pack(self, weight: Weight) -> Matrix:
         """See `KernelSet.pack`. Repacked where our product is faster than oneDNN's."""
+        if isinstance(weight, Fp8Weight):
+            return self._reference.pack(weight)
         outputs, inputs = weight.shape
         size = self._packed_size(outputs, inputs, DTYPE_CODES[weight.dtype])
         if size == 0:

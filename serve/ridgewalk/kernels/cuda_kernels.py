@@ -8,6 +8,7 @@ import torch
 from torch.nn.attention import activate_flash_attention_impl, list_flash_attention_impls
 from torch.nn.attention.varlen import varlen_attn
 
+from ridgewalk.kernels.block_scales import Fp8Linear, block_linear
 from ridgewalk.kernels.kernel_set import HeadLayout
 from ridgewalk.kernels.torch_kernels import TorchKernels
 
@@ -51,7 +52,13 @@ class VarlenKernels(TorchKernels):
         return out
 
 
-def probe_varlen(heads: HeadLayout, dtype: torch.dtype, block_size: int, device: torch.device) -> TorchKernels:
+def probe_varlen(
+    heads: HeadLayout,
+    dtype: torch.dtype,
+    block_size: int,
+    device: torch.device,
+    fp8_linear: Fp8Linear = block_linear,
+) -> TorchKernels:
     """`VarlenKernels` if a FlashAttention of this machine computes what the reference does, else the reference.
 
     Paged `varlen_attn` needs FlashAttention 3 or 4, which torch activates on request; each that is registered is tried.
@@ -60,12 +67,12 @@ def probe_varlen(heads: HeadLayout, dtype: torch.dtype, block_size: int, device:
         try:
             activate_flash_attention_impl(implementation)
             if _agrees(VarlenKernels(), heads, dtype, block_size, device):
-                return VarlenKernels()
+                return VarlenKernels(fp8_linear)
             reason = "its results differ from the reference's"
         except Exception as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         logger.info("%s is not used for attention: %s", implementation, reason)
-    return TorchKernels()
+    return TorchKernels(fp8_linear)
 
 
 def _agrees(

@@ -7,6 +7,8 @@ from typing import Literal, Protocol
 
 import torch
 
+from ridgewalk.kernels.block_scales import Weight
+
 
 @dataclass(frozen=True)
 class RouterRules:
@@ -30,8 +32,8 @@ class RouterRules:
 class ExpertWeights:
     """Weights of the experts of one rank, one a slot, laid out as the kernel set that made them wants them."""
 
-    gate_up: torch.Tensor
-    down: torch.Tensor
+    gate_up: Weight
+    down: Weight
     num_slots: int
     hidden_size: int
     intermediate_size: int
@@ -102,8 +104,8 @@ class ExpertKernels(Protocol):
     def group_tagged(self, tagged: torch.Tensor, num_slots: int) -> RowGroups:
         """Order rows that `tag_rows` made by their slot."""
 
-    def pack_experts(self, gate_up: torch.Tensor, down: torch.Tensor) -> ExpertWeights:
-        """Lay out ``[slots, 2 * I, H]`` (gate first) and ``[slots, H, I]``; done once, at load."""
+    def pack_experts(self, gate_up: Weight, down: Weight) -> ExpertWeights:
+        """Lay out ``[slots, 2 * I, H]`` (gate first) and ``[slots, H, I]``; done once, at load. Either may be FP8."""
 
     def expert_mlp(
         self,

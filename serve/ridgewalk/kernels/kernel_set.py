@@ -7,6 +7,7 @@ from typing import Protocol
 
 import torch
 
+from ridgewalk.kernels.block_scales import Weight
 from ridgewalk.kernels.expert_kernels import ExpertKernels
 from ridgewalk.kernels.latent_kernels import LatentKernels
 
@@ -34,10 +35,10 @@ class HeadLayout:
 class Matrix:
     """Weights of a matrix product, laid out as the kernel set that made them wants them."""
 
-    data: torch.Tensor
+    data: Weight
     num_outputs: int
     num_inputs: int
-    packed: bool  # False: `data` is ``[num_outputs, num_inputs]``
+    packed: bool  # False: `data` is ``[num_outputs, num_inputs]``; FP8 is never packed
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ class KernelSet(ExpertKernels, LatentKernels, Protocol):
     def needs_torch_threads(self, dtype: torch.dtype) -> bool:
         """True when torch's own operations do the heavy work; else its threads would only get in the way of ours."""
 
-    def pack(self, weight: torch.Tensor) -> Matrix:
+    def pack(self, weight: Weight) -> Matrix:
         """Lay out ``[num_outputs, num_inputs]`` weights for `linear` and `rows`; done once, at load."""
 
     def linear(self, x: torch.Tensor, matrix: Matrix, bias: torch.Tensor | None = None) -> torch.Tensor:

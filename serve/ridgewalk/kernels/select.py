@@ -6,7 +6,9 @@ import ctypes
 
 import torch
 
+from ridgewalk.kernels.block_scales import block_linear
 from ridgewalk.kernels.cpu_kernels import CpuKernels
+from ridgewalk.kernels.cuda_fp8 import probe_fp8_linear
 from ridgewalk.kernels.cuda_kernels import probe_varlen
 from ridgewalk.kernels.kernel_set import HeadLayout, KernelSet
 from ridgewalk.kernels.torch_kernels import TorchKernels
@@ -19,6 +21,7 @@ def select_kernels(
     heads: HeadLayout | None,
     dtype: torch.dtype,
     block_size: int,
+    fp8_block: tuple[int, int] | None = None,
 ) -> KernelSet:
     """The fastest kernels that work for a model on a device.
 
@@ -29,7 +32,11 @@ def select_kernels(
         heads: of the rank's shard; None where latents are cached, which `varlen_attn` is too narrow for.
         dtype: of activations and KV cache.
         block_size: of the KV cache, in tokens.
+        fp8_block: rows and columns of a block of the weights that are kept in FP8; None: none are.
     """
     if device.type == "cuda":
-        return TorchKernels() if heads is None else probe_varlen(heads, dtype, block_size, device)
+        fp8_linear = block_linear if fp8_block is None else probe_fp8_linear(fp8_block, dtype, device)
+        if heads is None:
+            return TorchKernels(fp8_linear)
+        return probe_varlen(heads, dtype, block_size, device, fp8_linear)
     return TorchKernels() if library is None else CpuKernels(library, num_threads)

@@ -7,6 +7,7 @@ from itertools import pairwise
 import torch
 import torch.nn.functional as F
 
+from ridgewalk.kernels.block_scales import Fp8Linear, Fp8Weight, Weight, block_linear
 from ridgewalk.kernels.expert_kernels import ExpertWeights, RouterRules, RowGroups, SendPlan
 
 ROW_BLOCK = 16384
@@ -17,6 +18,8 @@ _TAG_TYPES = {2: torch.int16, 4: torch.int32}
 
 class TorchExpertKernels:
     """`ExpertKernels` for any device."""
+
+    _fp8_linear: Fp8Linear = staticmethod(block_linear)
 
     def route(
         self, logits: torch.Tensor, rules: RouterRules, bias: torch.Tensor | None = None
@@ -67,7 +70,7 @@ class TorchExpertKernels:
         slots = tagged.view(_TAG_TYPES[tagged.element_size()])[:, -1].long()
         return self.group_rows(slots, num_slots)
 
-    def pack_experts(self, gate_up: torch.Tensor, down: torch.Tensor) -> ExpertWeights:
+    def pack_experts(self, gate_up: Weight, down: Weight) -> ExpertWeights:
         """See `ExpertKernels.pack_experts`."""
         num_slots, hidden_size, intermediate_size = down.shape
         return ExpertWeights(gate_up, down, num_slots, hidden_size, intermediate_size, packed=False)
@@ -88,8 +91,8 @@ class TorchExpertKernels:
             within = (starts - begin).clamp(0, end - begin)
             rows = slice(begin, end) if order is None else order[begin:end]
             source = rows if order is None else rows // copies
-            gate, up = grouped_linear(x[source], within, weights.gate_up).chunk(2, dim=-1)
-            out[rows] = grouped_linear(F.silu(gate) * up, within, weights.down)
+            gate, up = self._grouped(x[source], within, weights.gate_up).chunk(2, dim=-1)
+            out[rows] = self._grouped(F.silu(gate) * up, within, weights.down)
         return out
 
     def weighted_sum(
@@ -102,6 +105,15 @@ class TorchExpertKernels:
         for choice in range(count):
             total += weights[:, choice, None] * chosen[:, choice].float()
         return total.to(rows.dtype)
+
+    def _grouped(self, x: torch.Tensor, starts: torch.Tensor, weight: Weight) -> torch.Tensor:
+        if not isinstance(weight, Fp8Weight):
+            return grouped_linear(x, starts, weight)
+        out = x.new_empty((len(x), weight.shape[1]))
+        for slot, (begin, end) in enumerate(pairwise(starts.tolist())):
+            if begin < end:
+                out[begin:end] = self._fp8_linear(x[begin:end], weight.slot(slot), None)
+        return out
 
 
 def grouped_linear(x: torch.Tensor, starts: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

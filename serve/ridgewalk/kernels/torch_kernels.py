@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from ridgewalk.kernels.block_scales import Fp8Linear, Fp8Weight, Weight, block_linear
 from ridgewalk.kernels.kernel_set import DrawRules, HeadLayout, Matrix
 from ridgewalk.kernels.paged import pages
 from ridgewalk.kernels.torch_draw import draw_tokens
@@ -17,16 +18,22 @@ class TorchKernels(TorchExpertKernels, TorchLatentKernels):
 
     name = "torch"
 
+    def __init__(self, fp8_linear: Fp8Linear = block_linear) -> None:
+        """``fp8_linear``: the product with weights that are kept in FP8."""
+        self._fp8_linear = fp8_linear
+
     def needs_torch_threads(self, dtype: torch.dtype) -> bool:
         """See `KernelSet.needs_torch_threads`."""
         return True
 
-    def pack(self, weight: torch.Tensor) -> Matrix:
+    def pack(self, weight: Weight) -> Matrix:
         """See `KernelSet.pack`."""
         return Matrix(weight, *weight.shape, packed=False)
 
     def linear(self, x: torch.Tensor, matrix: Matrix, bias: torch.Tensor | None = None) -> torch.Tensor:
         """See `KernelSet.linear`."""
+        if isinstance(matrix.data, Fp8Weight):
+            return self._fp8_linear(x, matrix.data, bias)
         return F.linear(x, matrix.data, bias)
 
     def rows(self, matrix: Matrix, indices: torch.Tensor) -> torch.Tensor:

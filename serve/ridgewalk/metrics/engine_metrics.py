@@ -51,6 +51,7 @@ class EngineMetrics(Collector):
         spec: ModelSpec,
         peaks: HardwarePeaks = HardwarePeaks(),  # noqa: B008 (frozen)
         clock: Callable[[], float] = time.monotonic,
+        keeps_fp8: bool = False,
     ) -> None:
         self._config = config
         self._constant = constant = (config.model_name, config.placement, replica)
@@ -58,9 +59,9 @@ class EngineMetrics(Collector):
         self._clock = clock
         self._lock = threading.Lock()  # of the four below
         self._stats: EngineStats | None = None
-        self._utilization = Utilization(spec, config.mesh, config.dtype, config.num_redundant_experts)
+        self._utilization = Utilization(spec, config.mesh, config.dtype, config.num_redundant_experts, keeps_fp8)
         self._expert_load = ExpertLoad(config.mesh)
-        self._state = ReplicaStateTracker(config, replica, spec)
+        self._state = ReplicaStateTracker(config, replica, spec, keeps_fp8)
         self._queue_time = HistogramFamily(catalogue.REQUEST_QUEUE_TIME, constant)
         self._ended = CounterFamily(catalogue.SEQUENCES_ENDED, constant)
         self._collectives = HistogramFamily(catalogue.COLLECTIVE_SECONDS, constant)

@@ -16,10 +16,10 @@ if TYPE_CHECKING:
 class ReplicaStateTracker:
     """Fed with the engine's reports; remembers when work last lacked KV. Not thread-safe."""
 
-    def __init__(self, config: EngineConfig, replica: str, spec: ModelSpec) -> None:
+    def __init__(self, config: EngineConfig, replica: str, spec: ModelSpec, keeps_fp8: bool = False) -> None:
         self._config = config
         self._replica = replica
-        self._held_bytes, self._unique_bytes = weight_bytes(config, spec)
+        self._held_bytes, self._unique_bytes = weight_bytes(config, spec, keeps_fp8)
         self._stats: EngineStats | None = None
         self._starved_at: float | None = None
 
@@ -60,10 +60,10 @@ class ReplicaStateTracker:
         )
 
 
-def weight_bytes(config: EngineConfig, spec: ModelSpec) -> tuple[int, int]:
+def weight_bytes(config: EngineConfig, spec: ModelSpec, keeps_fp8: bool = False) -> tuple[int, int]:
     """Bytes of weights that a replica's ranks hold together, and of the model itself.
 
     Norms, repeated KV heads, what attention groups share and redundant experts count as often as they are held.
     """
-    held = spec.weight_bytes_of_replica(config.mesh, config.dtype, config.num_redundant_experts)
-    return held, spec.weight_bytes_of_replica(Mesh(), config.dtype)
+    held = spec.weight_bytes_of_replica(config.mesh, config.dtype, config.num_redundant_experts, keeps_fp8)
+    return held, spec.weight_bytes_of_replica(Mesh(), config.dtype, keeps_fp8=keeps_fp8)

@@ -6,8 +6,7 @@ from collections import deque
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ridgewalk.placement.parameters import expert_parameters
-from ridgewalk.placement.weights import DTYPE_BYTES
+from ridgewalk.placement.weights import expert_bytes
 
 if TYPE_CHECKING:
     from ridgewalk.engine.stats import EngineStats
@@ -47,14 +46,16 @@ class Utilization:
     bytes the KV that was filled then: exact for dense weights, an estimate for attention and for routed experts.
     """
 
-    def __init__(self, spec: ModelSpec, mesh: Mesh, dtype: str, num_redundant_experts: int = 0) -> None:
+    def __init__(
+        self, spec: ModelSpec, mesh: Mesh, dtype: str, num_redundant_experts: int = 0, keeps_fp8: bool = False
+    ) -> None:
         self._spec = spec
         self._world_size = mesh.world_size
-        self._weight_bytes = spec.weight_bytes_of_replica(mesh, dtype, num_redundant_experts)
+        self._weight_bytes = spec.weight_bytes_of_replica(mesh, dtype, num_redundant_experts, keeps_fp8)
         self._expert_bytes = 0  # of the routed experts among them, copies included
         if spec.moe:
             copies = len(spec.moe.sparse_layers) * (spec.moe.num_experts + num_redundant_experts)
-            self._expert_bytes = copies * expert_parameters(spec) * DTYPE_BYTES[dtype]
+            self._expert_bytes = copies * expert_bytes(spec, mesh, dtype, keeps_fp8)
         self._kv_bytes_per_token = mesh.tp * sum(spec.kv_bytes_per_token_per_stage(mesh, dtype))
         self._last: EngineStats | None = None
         self._readings: deque[_Reading] = deque()

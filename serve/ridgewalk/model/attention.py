@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from ridgewalk.kernels.block_scales import Weight
 from ridgewalk.kernels.kernel_set import HeadLayout, KernelSet
 from ridgewalk.model.batch import StepTensors
 from ridgewalk.model.kv_cache import LayerCache
@@ -15,9 +16,7 @@ from ridgewalk.placement.model_spec import ModelSpec
 class Attention:
     """Queries, keys and values are one matrix, column-parallel by heads; the output projection is row-parallel."""
 
-    def __init__(
-        self, spec: ModelSpec, parameters: dict[str, torch.Tensor], kernels: KernelSet, tp: Communicator
-    ) -> None:
+    def __init__(self, spec: ModelSpec, parameters: dict[str, Weight], kernels: KernelSet, tp: Communicator) -> None:
         self._kernels = kernels
         self._heads = rank_heads(spec, tp.size)
         self._eps = spec.rms_norm_eps

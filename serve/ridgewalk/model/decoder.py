@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
+from ridgewalk.kernels.block_scales import Weight
 from ridgewalk.kernels.kernel_set import KernelSet, Matrix
 from ridgewalk.model.attention import Attention
 from ridgewalk.model.batch import StepTensors
@@ -33,7 +34,7 @@ class Decoder:
         self,
         spec: ModelSpec,
         config: RunnerConfig,
-        parameters: dict[str, torch.Tensor],
+        parameters: dict[str, Weight],
         kernels: KernelSet,
         groups: ProcessGroups,
         expert_map: ExpertMap | None,
@@ -155,7 +156,7 @@ class _Layer:
     def __init__(
         self,
         spec: ModelSpec,
-        parameters: dict[str, torch.Tensor],
+        parameters: dict[str, Weight],
         kernels: KernelSet,
         groups: ProcessGroups,
         slots: Sequence[Sequence[int]] | None,
@@ -173,10 +174,10 @@ class _Layer:
         )
 
 
-def _packed(parameters: dict[str, torch.Tensor], name: str, kernels: KernelSet) -> Matrix | None:
+def _packed(parameters: dict[str, Weight], name: str, kernels: KernelSet) -> Matrix | None:
     return kernels.pack(parameters.pop(name)) if name in parameters else None
 
 
-def _layer(parameters: dict[str, torch.Tensor], index: int) -> dict[str, torch.Tensor]:
+def _layer(parameters: dict[str, Weight], index: int) -> dict[str, Weight]:
     prefix = f"layers.{index}."
     return {name.removeprefix(prefix): parameters.pop(name) for name in list(parameters) if name.startswith(prefix)}

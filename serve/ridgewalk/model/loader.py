@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from ridgewalk.model.block_scales import SCALE_SUFFIX, block_range, dequantize, scales_shape
+from ridgewalk.kernels.block_scales import SCALE_SUFFIX, Fp8Weight, Weight, block_range, dequantize, scales_shape
 from ridgewalk.model.checkpoint import Checkpoint, CheckpointError, missing_tensor
 from ridgewalk.model.sharding import Parameter, TensorSlice
 from ridgewalk.model.tensor_rules import Precision, checkpoint_shapes
@@ -25,14 +25,15 @@ def load_parameters(
     dtype: torch.dtype,
     device: torch.device,
     progress: Callable[[int, int], None] | None = None,
-) -> dict[str, torch.Tensor]:
+) -> dict[str, Weight]:
     """Read the parameters of one rank. Beside them, one slice at a time takes memory.
 
     Args:
         folder: holds ``model.safetensors`` or a ``model.safetensors.index.json`` with its files.
         spec: the model, which says what a checkpoint holds for all ranks.
         plan: what to read, from `ridgewalk.model.sharding.shard_plan`.
-        dtype: the compute dtype; the checkpoint's is converted, FP8 weights are multiplied with their scales.
+        dtype: the compute dtype; the checkpoint's is converted, FP8 weights are multiplied with their scales unless
+            the plan keeps them.
         device: of the parameters.
         progress: called after each slice with (bytes of parameters filled, bytes to be filled in all).
 
@@ -42,18 +43,17 @@ def load_parameters(
     """
     with Checkpoint(folder) as checkpoint:
         _check_names(checkpoint.files, spec)
-        parameters = {}
-        for name, parameter in plan.items():
-            kept = torch.float32 if parameter.precision is Precision.FLOAT32 else dtype
-            make = torch.empty if _is_covered(parameter) else torch.zeros
-            parameters[name] = make(parameter.shape, dtype=kept, device=device)
+        parameters = {name: _empty(parameter, dtype, device) for name, parameter in plan.items()}
         pieces = [(parameters[name], piece) for name, parameter in plan.items() for piece in parameter.slices]
         pieces.sort(key=lambda item: checkpoint.files[item[1].tensor])
-        total = sum(_elements(piece) * target.element_size() for target, piece in pieces)
+        total = sum(_num_bytes(target, piece) for target, piece in pieces)
         done = 0
         for target, piece in pieces:
-            _copy(checkpoint, spec.fp8_block, piece, target)
-            done += _elements(piece) * target.element_size()
+            if isinstance(target, Fp8Weight):
+                _copy_blocks(checkpoint, piece, target)
+            else:
+                _copy(checkpoint, spec.fp8_block, piece, target)
+            done += _num_bytes(target, piece)
             if progress is not None:
                 progress(done, total)
     return parameters
@@ -87,6 +87,17 @@ def _ignored(tensors: set[str]) -> set[str]:
     return {tensor for tensor in tensors if ignored(tensor)}
 
 
+def _empty(parameter: Parameter, dtype: torch.dtype, device: torch.device) -> Weight:
+    if block := parameter.fp8_block:
+        *slots, outputs, inputs = parameter.shape
+        values = torch.empty(parameter.shape, dtype=torch.float8_e4m3fn, device=device)
+        scales = torch.empty((*slots, *scales_shape((outputs, inputs), block)), device=device)
+        return Fp8Weight(values, scales, block)
+    kept = torch.float32 if parameter.precision is Precision.FLOAT32 else dtype
+    make = torch.empty if _is_covered(parameter) else torch.zeros
+    return make(parameter.shape, dtype=kept, device=device)
+
+
 def _is_covered(parameter: Parameter) -> bool:
     return sum(map(_elements, parameter.slices)) == prod(parameter.shape)
 
@@ -95,17 +106,51 @@ def _elements(piece: TensorSlice) -> int:
     return (piece.stop - piece.start) * prod(piece.shape) // piece.shape[piece.dim]
 
 
-def _copy(checkpoint: Checkpoint, block: tuple[int, int] | None, piece: TensorSlice, target: torch.Tensor) -> None:
-    if piece.start == piece.stop:
-        return
+def _num_bytes(target: Weight, piece: TensorSlice) -> int:
+    if not isinstance(target, Fp8Weight):
+        return _elements(piece) * target.element_size()
+    return _elements(piece) + _elements(_of_scales(piece, target.block)) * target.scales.element_size()
+
+
+def _of_scales(piece: TensorSlice, block: tuple[int, int]) -> TensorSlice:
+    """The scales of a slice that consists of whole blocks."""
+    size = block[piece.dim]
+    start, stop = block_range(piece.start, piece.stop, size)
+    shape = scales_shape(piece.shape, block)
+    return TensorSlice(piece.tensor + SCALE_SUFFIX, shape, piece.dim, start, stop, piece.offset // size, piece.slot)
+
+
+def _ranges(piece: TensorSlice) -> list[tuple[int, int]]:
     ranges = [(0, size) for size in piece.shape]
     ranges[piece.dim] = (piece.start, piece.stop)
-    values = checkpoint.read(piece.tensor, piece.shape, *ranges)
-    if checkpoint.dtype(piece.tensor) == FP8 or piece.tensor + SCALE_SUFFIX in checkpoint.files:
-        values = _scaled(checkpoint, block, piece, values, ranges)
+    return ranges
+
+
+def _place(values: torch.Tensor, piece: TensorSlice, target: torch.Tensor) -> None:
     if piece.slot is not None:
         target = target[piece.slot]
     target.narrow(piece.dim, piece.offset, piece.stop - piece.start).copy_(values)
+
+
+def _copy_blocks(checkpoint: Checkpoint, piece: TensorSlice, target: Fp8Weight) -> None:
+    stored = checkpoint.dtype(piece.tensor)
+    if stored != FP8:
+        raise CheckpointError(
+            f"{piece.tensor} is stored as {stored}, but config.json says that it is FP8; "
+            "name what is not in modules_to_not_convert"
+        )
+    for part, held in ((piece, target.values), (_of_scales(piece, target.block), target.scales)):
+        _place(checkpoint.read(part.tensor, part.shape, *_ranges(part)), part, held)
+
+
+def _copy(checkpoint: Checkpoint, block: tuple[int, int] | None, piece: TensorSlice, target: torch.Tensor) -> None:
+    if piece.start == piece.stop:
+        return
+    ranges = _ranges(piece)
+    values = checkpoint.read(piece.tensor, piece.shape, *ranges)
+    if checkpoint.dtype(piece.tensor) == FP8 or piece.tensor + SCALE_SUFFIX in checkpoint.files:
+        values = _scaled(checkpoint, block, piece, values, ranges)
+    _place(values, piece, target)
 
 
 def _scaled(

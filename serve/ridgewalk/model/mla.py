@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from ridgewalk.kernels.block_scales import Weight
 from ridgewalk.kernels.kernel_set import KernelSet
 from ridgewalk.model.batch import StepTensors
 from ridgewalk.model.kv_cache import LatentCache
@@ -20,9 +21,7 @@ class LatentAttention:
     are divided.
     """
 
-    def __init__(
-        self, spec: ModelSpec, parameters: dict[str, torch.Tensor], kernels: KernelSet, tp: Communicator
-    ) -> None:
+    def __init__(self, spec: ModelSpec, parameters: dict[str, Weight], kernels: KernelSet, tp: Communicator) -> None:
         assert spec.mla is not None
         self._kernels = kernels
         self._mla = spec.mla

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
+from ridgewalk.kernels.block_scales import Weight
 from ridgewalk.kernels.kernel_set import KernelSet
 from ridgewalk.model.dispatch import Dispatcher, replica_table
 from ridgewalk.model.phase_clock import PhaseClock
@@ -24,7 +25,7 @@ class MoE:
     def __init__(
         self,
         spec: ModelSpec,
-        parameters: dict[str, torch.Tensor],
+        parameters: dict[str, Weight],
         kernels: KernelSet,
         groups: ProcessGroups,
         slots: Sequence[Sequence[int]],
@@ -46,16 +47,16 @@ class MoE:
         self._clock = clock
         expert_parallel = len(slots) > 1
         self._splits_tokens = expert_parallel and groups.tp.size > 1
-        gate_up, down = parameters.pop("experts_gate_up"), parameters.pop("experts_down")
-        self._router = Router(spec.moe, parameters, kernels, gate_up.dtype)
+        router = parameters["router"]
+        self._router = Router(spec.moe, parameters, kernels, router.dtype)
         self._dispatcher: Dispatcher | None = None
         self._slot_of: torch.Tensor | None = None  # of each expert, where slots are not in the experts' order
         if expert_parallel:
-            self._dispatcher = Dispatcher(slots, spec.moe.num_experts, kernels, groups.ep, gate_up.device)
+            self._dispatcher = Dispatcher(slots, spec.moe.num_experts, kernels, groups.ep, router.device)
         elif list(slots[0]) != list(range(spec.moe.num_experts)):
-            self._slot_of = replica_table(slots, spec.moe.num_experts, 0)[:, 0].to(gate_up.device)
+            self._slot_of = replica_table(slots, spec.moe.num_experts, 0)[:, 0].to(router.device)
         self._num_slots = len(slots[0])
-        self._weights = kernels.pack_experts(gate_up, down)
+        self._weights = kernels.pack_experts(parameters.pop("experts_gate_up"), parameters.pop("experts_down"))
         self._shared = _SharedExperts(parameters, kernels) if spec.moe.shared_intermediate_size else None
         self._starts = torch.zeros(self._num_slots + 1, dtype=torch.int64)
 
@@ -120,7 +121,7 @@ class MoE:
 class _SharedExperts:
     """All shared experts as one SwiGLU, split over tp; not summed."""
 
-    def __init__(self, parameters: dict[str, torch.Tensor], kernels: KernelSet) -> None:
+    def __init__(self, parameters: dict[str, Weight], kernels: KernelSet) -> None:
         self._kernels = kernels
         self._gate_up = kernels.pack(parameters.pop("shared_gate_up"))
         self._down = kernels.pack(parameters.pop("shared_down"))

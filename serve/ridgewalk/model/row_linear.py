@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from ridgewalk.kernels.block_scales import Weight
 from ridgewalk.kernels.kernel_set import KernelSet
 from ridgewalk.parallel.communicator import Communicator
 
@@ -11,7 +12,7 @@ from ridgewalk.parallel.communicator import Communicator
 class RowLinear:
     """``x W^T + bias``, summed over the ranks of a tensor-parallel group."""
 
-    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, kernels: KernelSet, tp: Communicator) -> None:
+    def __init__(self, weight: Weight, bias: torch.Tensor | None, kernels: KernelSet, tp: Communicator) -> None:
         self._kernels = kernels
         self._tp = tp
         self._matrix = kernels.pack(weight)

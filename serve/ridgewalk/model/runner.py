@@ -35,6 +35,7 @@ from ridgewalk.model.sharded_sampler import ShardedSampler
 from ridgewalk.model.sharding import shard_plan
 from ridgewalk.parallel.process_groups import ProcessGroups, make_process_groups
 from ridgewalk.placement.expert_map import ExpertMap, uniform_expert_map
+from ridgewalk.placement.fp8_weights import kept_block
 from ridgewalk.placement.model_spec import ModelSpec, validate_mesh
 from ridgewalk.placement.stages import stage_layers
 
@@ -60,7 +61,8 @@ def create_runner(config: RunnerConfig) -> ModelRunner:
     groups = make_process_groups(config.mesh, config.rank, config.init_method, device, library, config.timeout_s)
     num_threads = config.num_threads or torch.get_num_threads()
     dtype, heads = getattr(torch, config.dtype), None if spec.mla is not None else rank_heads(spec, config.tp)
-    kernels = select_kernels(device, library, num_threads, heads, dtype, config.block_size)
+    fp8_block = kept_block(spec, config.keeps_fp8)
+    kernels = select_kernels(device, library, num_threads, heads, dtype, config.block_size, fp8_block)
     torch.set_num_threads(num_threads if kernels.needs_torch_threads(dtype) else 1)
     return ModelRunner(config, spec, groups, kernels)
 
@@ -69,6 +71,12 @@ def device_memory(device: str) -> tuple[int, int]:
     """``(total, free)`` bytes of a CUDA device."""
     free, total = torch.cuda.mem_get_info(torch.device(device))
     return total, free
+
+
+def multiplies_fp8(device: str) -> bool:
+    """Whether a device has products of FP8 matrices: CUDA from compute capability 8.9 on."""
+    found = torch.device(device)
+    return found.type == "cuda" and torch.cuda.get_device_capability(found) >= (8, 9)
 
 
 class ModelRunner:
@@ -112,7 +120,7 @@ class ModelRunner:
             CheckpointError: the checkpoint does not match the config.
         """
         config, expert_map = self.config, _expert_map(self.spec, self.config)
-        plan = shard_plan(self.spec, config.mesh, config.rank, expert_map)
+        plan = shard_plan(self.spec, config.mesh, config.rank, expert_map, config.keeps_fp8)
         parameters = load_parameters(folder or config.model, self.spec, plan, self._dtype, self._device, progress)
         self._decoder = Decoder(self.spec, config, parameters, self._kernels, self._groups, expert_map, self._clock)
 

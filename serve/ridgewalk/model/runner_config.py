@@ -27,6 +27,7 @@ class RunnerConfig(msgspec.Struct, frozen=True):
     tokens_broadcast: bool = False  # the scheduler sends placeholders: all tp ranks must learn the tokens (pp=1)
     timeout_s: float = 600.0  # a collective that waits longer for its peers raises
     expert_map: list[list[list[int]]] | None = None  # `ExpertMap.layers`, of expert-parallel ranks; None: uniform
+    keeps_fp8: bool = False  # weights of an FP8 checkpoint stay in FP8 where they consist of whole blocks
 
     @property
     def mesh(self) -> Mesh:

@@ -17,6 +17,7 @@ from ridgewalk.model.tensor_rules import (
     tensor_sizes,
 )
 from ridgewalk.placement.expert_map import ExpertMap, uniform_expert_map
+from ridgewalk.placement.fp8_weights import Share, keeps_blocks, kept_block
 from ridgewalk.placement.mesh import Mesh
 from ridgewalk.placement.model_spec import ModelSpec
 from ridgewalk.placement.stages import stage_layers
@@ -42,9 +43,12 @@ class Parameter:
     shape: tuple[int, ...]
     slices: tuple[TensorSlice, ...]
     precision: Precision = Precision.COMPUTE
+    fp8_block: tuple[int, int] | None = None  # rows, columns of the blocks that it is kept in; None: it is not FP8
 
 
-def shard_plan(spec: ModelSpec, mesh: Mesh, rank: int, expert_map: ExpertMap | None = None) -> dict[str, Parameter]:
+def shard_plan(
+    spec: ModelSpec, mesh: Mesh, rank: int, expert_map: ExpertMap | None = None, keeps_fp8: bool = False
+) -> dict[str, Parameter]:
     """Parameters of one rank by name: ``embedding``, ``layers.N.qkv`` ... (N counts the layers of the whole model).
 
     Args:
@@ -52,6 +56,7 @@ def shard_plan(spec: ModelSpec, mesh: Mesh, rank: int, expert_map: ExpertMap | N
         mesh: of the replica.
         rank: flat rank in the mesh.
         expert_map: which experts each expert-parallel rank holds; None is the uniform map.
+        keeps_fp8: what consists of whole FP8 blocks stays in FP8, as placement counts it.
     """
     dp_rank, stage, tp_rank = mesh.coordinates(rank)
     layers = stage_layers(spec, mesh.pp)[stage]
@@ -59,20 +64,20 @@ def shard_plan(spec: ModelSpec, mesh: Mesh, rank: int, expert_map: ExpertMap | N
     outer = [EMBEDDING] if first or (last and spec.tie_word_embeddings) else []
     if last:
         outer += [NORM] if spec.tie_word_embeddings else [NORM, HEAD]
-    share = _Share(spec, mesh, tp_rank)
-    plan = share.parameters(outer)
+    part = _TensorParallelPart(spec, mesh, tp_rank, kept_block(spec, keeps_fp8))
+    plan = part.parameters(outer)
     experts = _experts_of_rank(spec, mesh, dp_rank * mesh.tp + tp_rank, expert_map)
     for layer in layers:
-        tensors = share.parameters(layer_rules(spec, layer), f"model.layers.{layer}.", experts.get(layer, ()))
+        tensors = part.parameters(layer_rules(spec, layer), f"model.layers.{layer}.", experts.get(layer, ()))
         plan |= {f"layers.{layer}.{name}": parameter for name, parameter in tensors.items()}
     return plan
 
 
-class _Share:
+class _TensorParallelPart:
     """The part of every tensor that falls to one tensor-parallel rank."""
 
-    def __init__(self, spec: ModelSpec, mesh: Mesh, tp_rank: int) -> None:
-        self._spec, self._mesh, self._tp_rank = spec, mesh, tp_rank
+    def __init__(self, spec: ModelSpec, mesh: Mesh, tp_rank: int, fp8_block: tuple[int, int] | None) -> None:
+        self._spec, self._mesh, self._tp_rank, self._fp8_block = spec, mesh, tp_rank, fp8_block
         self._sizes = tensor_sizes(spec)
 
     def parameters(
@@ -83,18 +88,22 @@ class _Share:
         return {name: self._parameter(list(stacked), prefix, slots) for name, stacked in grouped}
 
     def _parameter(self, stacked: list[TensorRule], prefix: str, slots: Sequence[int]) -> Parameter:
-        rule, slices, offset = stacked[0], [], 0
+        rule, slices, offset, shares = stacked[0], [], 0, []
         for rule in stacked:
             shape = tuple(self._sizes[name] for name in rule.shape)
             dim = 1 if rule.shard is Shard.ROW else 0
             start, stop, length = self._part(rule, shape[dim])
+            shares.append(Share(length, shape[dim]))
             places: Iterable[tuple[int | None, int]] = enumerate(slots) if rule.per_expert else [(None, 0)]
             for slot, expert in places:
                 tensor = prefix + rule.tensor.format(expert=expert)
                 slices.append(TensorSlice(tensor, shape, dim, start, stop, offset, slot))
             offset += length
         whole = (*shape[:dim], offset, *shape[dim + 1 :])
-        return Parameter((len(slots), *whole) if rule.per_expert else whole, tuple(slices), rule.precision)
+        block = self._fp8_block
+        if block and not (rule.may_stay_fp8 and keeps_blocks(shares, block[dim])):
+            block = None
+        return Parameter((len(slots), *whole) if rule.per_expert else whole, tuple(slices), rule.precision, block)
 
     def _part(self, rule: TensorRule, size: int) -> tuple[int, int, int]:
         """``(start, stop, length)`` of the rank's part of an axis; length exceeds ``stop - start`` if it is padded."""

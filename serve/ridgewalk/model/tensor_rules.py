@@ -45,6 +45,14 @@ class TensorRule:
         """Whether there is one such tensor for each routed expert."""
         return "{expert}" in self.tensor
 
+    @property
+    def may_stay_fp8(self) -> bool:
+        """Whether the checkpoint's FP8 blocks can be multiplied as they are: of all projections but one.
+
+        Tables and routers never are FP8, and ``kv_b`` is cut per head.
+        """
+        return len(self.shape) == 2 and self.parameter not in ("embedding", "head", "router", "kv_b")
+
 
 EMBEDDING = TensorRule("model.embed_tokens.weight", "embedding", ("vocab", "hidden"), Shard.VOCAB)
 NORM = TensorRule("model.norm.weight", "norm", ("hidden",))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ridgewalk.placement.fp8_weights import FP8_BYTES, kept_block
 from ridgewalk.placement.mesh import Mesh
 from ridgewalk.placement.model_spec import ModelSpec
 from ridgewalk.placement.moe_spec import MoESpec
@@ -12,6 +13,9 @@ from ridgewalk.placement.weights import DTYPE_BYTES, FP32_BYTES
 
 EXPERT_ROWS = 16384
 """Rows that go through the experts at once, as the kernels have it (`ridgewalk.kernels.torch_experts.ROW_BLOCK`)."""
+
+FP8_SCRATCH = 2**23
+"""Values that a product with FP8 weights converts at once (`ridgewalk.kernels.block_scales.SCRATCH_VALUES`)."""
 
 INDEX_BYTES = 8
 
@@ -26,12 +30,19 @@ class StepLimits:
 
 
 def activation_bytes(
-    spec: ModelSpec, mesh: Mesh, dtype: str, limits: StepLimits, num_redundant_experts: int = 0
+    spec: ModelSpec,
+    mesh: Mesh,
+    dtype: str,
+    limits: StepLimits,
+    num_redundant_experts: int = 0,
+    keeps_fp8: bool = False,
 ) -> tuple[int, ...]:
     """Bytes on one rank of each stage: hidden states, attention and the larger of dense and sparse MLP.
 
     On the last stage, per sequence: logits of the whole vocabulary in the compute dtype and three times in FP32
     (sampling). In a pipeline: what is received and what is sent on. Tables: cos and sin in FP32.
+    Where weights are kept in FP8, a product converts `FP8_SCRATCH` values at once: weights to FP32 and on to the
+    compute dtype, or inputs padded, in FP32, scaled and in FP8; either way with as many outputs.
     """
     size, tokens = DTYPE_BYTES[dtype], limits.max_num_batched_tokens
     stages = stage_layers(spec, mesh.pp)
@@ -42,6 +53,8 @@ def activation_bytes(
     sparse = _sparse_bytes(spec, spec.moe, mesh, size, tokens, num_redundant_experts) if spec.moe else 0
     logits = limits.max_num_seqs * spec.vocab_size * (2 * size + 3 * FP32_BYTES)
     common = 4 * hidden + attention + tables + (2 * hidden if mesh.pp > 1 else 0)
+    if kept_block(spec, keeps_fp8):
+        common += FP8_SCRATCH * (2 * size + 2 * FP32_BYTES + FP8_BYTES)
     return tuple(
         common
         + max(sparse if spec.is_sparse(layer) else dense for layer in layers)

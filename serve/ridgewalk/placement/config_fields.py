@@ -70,3 +70,10 @@ def fp8_block(config: Mapping[str, Any]) -> tuple[int, int] | None:
             "use an unquantized one"
         )
     return int(block[0]), int(block[1])
+
+
+def fp8_complete(config: Mapping[str, Any]) -> bool:
+    """False when an FP8 checkpoint names modules to leave as they are, other than those that never are FP8."""
+    quantization = config.get("quantization_config") or {}
+    left_out = quantization.get("modules_to_not_convert") or ()
+    return all(name.endswith(("norm", "lm_head", "embed_tokens", ".gate")) for name in left_out)

@@ -55,6 +55,7 @@ class MemoryPlan:
     stages: tuple[StageMemory, ...]
     num_blocks: int  # of each attention group
     block_size: int  # tokens
+    keeps_fp8: bool = False  # weights of an FP8 checkpoint are counted as kept in FP8
 
     @property
     def tightest(self) -> StageMemory:
@@ -102,18 +103,20 @@ def plan_memory(
     max_model_len: int,
     num_redundant_experts: int = 0,
     source: BudgetSource = STATED,
+    keeps_fp8: bool = False,
 ) -> MemoryPlan:
     """Compute how many KV blocks fit beside weights and activations in ``budget_bytes`` of each rank.
 
     The stage with least room decides. There are never more blocks than ``max_num_seqs`` sequences of
     ``max_model_len`` tokens could fill. Limits are those of one attention group. ``source``: of the budget.
+    ``keeps_fp8``: the ranks' devices multiply FP8.
 
     Raises:
         MemoryPlanError: weights and activations do not fit, or not even one sequence of ``max_model_len`` does.
     """
     limits = StepLimits(max_num_batched_tokens, max_num_seqs, max_model_len)
-    weights = spec.weight_bytes_per_stage(mesh, dtype, num_redundant_experts)
-    activations = activation_bytes(spec, mesh, dtype, limits, num_redundant_experts)
+    weights = spec.weight_bytes_per_stage(mesh, dtype, num_redundant_experts, keeps_fp8)
+    activations = activation_bytes(spec, mesh, dtype, limits, num_redundant_experts, keeps_fp8)
     per_token = spec.kv_bytes_per_token_per_stage(mesh, dtype)
     stages = tuple(
         StageMemory(held, active, block_size * kv)
@@ -136,7 +139,7 @@ def plan_memory(
             f"{mesh.name}, but {source.gives} {_gib(budget_bytes)}, of which {left} is left beside weights and "
             f"activations; {shorter}{source.remedy}"
         )
-    return MemoryPlan(budget_bytes, stages, min(fitting, per_sequence * max_num_seqs), block_size)
+    return MemoryPlan(budget_bytes, stages, min(fitting, per_sequence * max_num_seqs), block_size, keeps_fp8)
 
 
 def _gib(num_bytes: int) -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ridgewalk.placement import weights
-from ridgewalk.placement.config_fields import fp8_block, real, token_ids, whole
+from ridgewalk.placement.config_fields import fp8_block, fp8_complete, real, token_ids, whole
 from ridgewalk.placement.families import FAMILIES, architecture_of, refuse_unbuilt
 from ridgewalk.placement.mesh import Mesh
 from ridgewalk.placement.mesh_fit import mesh_problem
@@ -52,6 +52,7 @@ class ModelSpec:
     mla: MLASpec | None = None  # None: grouped-query attention
     moe: MoESpec | None = None  # None: all layers are dense
     fp8_block: tuple[int, int] | None = None  # rows, columns that share a scale in an FP8 checkpoint
+    fp8_complete: bool = True  # all projections of that checkpoint are FP8
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> ModelSpec:
@@ -104,6 +105,7 @@ class ModelSpec:
             mla=mla,
             moe=family.read_moe(config) if family.read_moe else None,
             fp8_block=fp8_block(config),
+            fp8_complete=fp8_complete(config),
         )
 
     @classmethod
@@ -163,18 +165,27 @@ class ModelSpec:
         stages = weights.stage_weights(self, mesh, num_redundant_experts)
         return max(stage.num_parameters(self.hidden_size) for stage in stages)
 
-    def weight_bytes_per_stage(self, mesh: Mesh, dtype: str, num_redundant_experts: int = 0) -> tuple[int, ...]:
-        """Bytes of weights on one rank of each stage, as they are really held."""
-        stages = weights.stage_weights(self, mesh, num_redundant_experts)
+    def weight_bytes_per_stage(
+        self, mesh: Mesh, dtype: str, num_redundant_experts: int = 0, keeps_fp8: bool = False
+    ) -> tuple[int, ...]:
+        """Bytes of weights on one rank of each stage, as they are really held.
+
+        ``keeps_fp8``: the ranks' devices multiply FP8, so that what consists of whole blocks stays in it.
+        """
+        stages = weights.stage_weights(self, mesh, num_redundant_experts, keeps_fp8)
         return tuple(weights.held_bytes(self, stage, dtype) for stage in stages)
 
-    def weight_bytes_per_rank(self, mesh: Mesh, dtype: str, num_redundant_experts: int = 0) -> int:
+    def weight_bytes_per_rank(
+        self, mesh: Mesh, dtype: str, num_redundant_experts: int = 0, keeps_fp8: bool = False
+    ) -> int:
         """Bytes of weights on the heaviest rank."""
-        return max(self.weight_bytes_per_stage(mesh, dtype, num_redundant_experts))
+        return max(self.weight_bytes_per_stage(mesh, dtype, num_redundant_experts, keeps_fp8))
 
-    def weight_bytes_of_replica(self, mesh: Mesh, dtype: str, num_redundant_experts: int = 0) -> int:
+    def weight_bytes_of_replica(
+        self, mesh: Mesh, dtype: str, num_redundant_experts: int = 0, keeps_fp8: bool = False
+    ) -> int:
         """Bytes of weights on all ranks together; rows that pad the vocabulary are copies of nothing: left out."""
-        return weights.replica_bytes(self, mesh, dtype, num_redundant_experts)
+        return weights.replica_bytes(self, mesh, dtype, num_redundant_experts, keeps_fp8)
 
     # KV cache and arithmetic
 

@@ -73,8 +73,17 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
             enable_prefix_caching=self.enable_prefix_caching,
         )
 
-    def runner_config(self, rank: int, num_threads: int, init_method: str = "") -> RunnerConfig:
-        """What one rank is told to run. ``init_method``: where the ranks meet, when there are several."""
+    def runner_config(
+        self, rank: int, num_threads: int, init_method: str = "", keeps_fp8: bool = False
+    ) -> RunnerConfig:
+        """What one rank is told to run.
+
+        Args:
+            rank: flat rank in the mesh.
+            num_threads: of a CPU rank.
+            init_method: where the ranks meet, when there are several.
+            keeps_fp8: every rank's device multiplies FP8.
+        """
         return RunnerConfig(
             model=self.model_path,
             dtype=self.dtype,
@@ -92,6 +101,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
             init_method=init_method,
             tokens_broadcast=self.schedules_ahead,
             expert_map=self.expert_map,
+            keeps_fp8=keeps_fp8,
         )
 
 

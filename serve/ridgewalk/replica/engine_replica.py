@@ -45,7 +45,7 @@ class EngineReplica:
             config.model_name, config.placement, describe_mesh(config), plan.num_blocks, plan.block_size,
             plan.kv_tokens, plan.weight_bytes / 2**20, describe_expert_balance(config),
         )  # fmt: skip
-        self._metrics = EngineMetrics(config, replica=str(context.rank.rank), spec=spec)
+        self._metrics = EngineMetrics(config, str(context.rank.rank), spec, keeps_fp8=plan.keeps_fp8)
         self._loop = EngineLoop(
             config.scheduler_config(executor.num_blocks),
             executor,

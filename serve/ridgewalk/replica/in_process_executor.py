@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 
 from ridgewalk.engine.step import RankTimings, StepInput, StepOutput
-from ridgewalk.model.runner import create_runner, device_memory
+from ridgewalk.model.runner import create_runner, device_memory, multiplies_fp8
 from ridgewalk.placement.model_spec import ModelSpec
 from ridgewalk.replica.engine_config import EngineConfig
 from ridgewalk.replica.host import memory_bytes
@@ -19,8 +19,10 @@ class InProcessExecutor:
         if config.world_size != 1:
             raise ValueError(f"the in-process executor runs one rank, not {config.world_size}; use spawned ranks")
         available = device_memory(config.device)[0] if config.device == "cuda" else memory_bytes()
-        self.memory_plan = size_cache(config, spec, available)
-        self._runner = create_runner(config.runner_config(rank=0, num_threads=num_threads(config, 1)))
+        keeps_fp8 = multiplies_fp8(config.device)
+        self.memory_plan = size_cache(config, spec, available, keeps_fp8)
+        threads = num_threads(config, 1)
+        self._runner = create_runner(config.runner_config(rank=0, num_threads=threads, keeps_fp8=keeps_fp8))
         self._runner.load()
         self._runner.allocate(self.memory_plan.num_blocks)
         self._runner.warm_up()

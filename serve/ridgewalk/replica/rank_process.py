@@ -90,16 +90,17 @@ def run_rank(launch: RankLaunch) -> None:
 
 
 def _serve(launch: RankLaunch, connection: RankConnection) -> None:
-    from ridgewalk.model.runner import create_runner, device_memory  # torch, only here
+    from ridgewalk.model.runner import create_runner, device_memory, multiplies_fp8  # torch, only here
 
     engine = launch.engine
     memory = device_memory(engine.device)[0] if engine.device == "cuda" else memory_bytes()
     address = connection.local_address()
-    connection.send(Hello(launch.rank, os.getpid(), address, free_port(), memory, socket.gethostname()))
+    fp8 = multiplies_fp8(engine.device)
+    connection.send(Hello(launch.rank, os.getpid(), address, free_port(), memory, socket.gethostname(), fp8))
     begin = connection.receive()
     if not isinstance(begin, Begin):
         return
-    runner = create_runner(engine.runner_config(launch.rank, begin.num_threads, begin.init_method))
+    runner = create_runner(engine.runner_config(launch.rank, begin.num_threads, begin.init_method, begin.keeps_fp8))
     runner.load(progress=_progress(launch.rank, connection))
     runner.allocate(begin.num_blocks)
     runner.warm_up()

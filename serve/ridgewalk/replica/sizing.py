@@ -25,10 +25,13 @@ thread pools, the transports). On CUDA the device's share is the budget, and the
 _UNBOUNDED = 2**63
 
 
-def size_cache(config: EngineConfig, spec: ModelSpec, available_bytes: int | None) -> MemoryPlan:
+def size_cache(
+    config: EngineConfig, spec: ModelSpec, available_bytes: int | None, keeps_fp8: bool = False
+) -> MemoryPlan:
     """Memory of one rank, given what the poorest rank's device (CUDA) or host (CPU) has.
 
     ``available_bytes`` None: unknown. Then `memory` or `num_blocks` must be stated, and only they are checked.
+    ``keeps_fp8``: every rank's device multiplies FP8, so that weights in FP8 stay in it.
 
     Raises:
         MemoryPlanError: the weights, or one sequence of ``max_model_len``, do not fit, or the stated memory or blocks
@@ -56,6 +59,7 @@ def size_cache(config: EngineConfig, spec: ModelSpec, available_bytes: int | Non
         config.max_model_len,
         num_redundant_experts=config.num_redundant_experts,
         source=source,
+        keeps_fp8=keeps_fp8,
     )
     if config.num_blocks is not None:
         plan = replace(plan, num_blocks=config.num_blocks)

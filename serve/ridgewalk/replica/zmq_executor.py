@@ -161,10 +161,11 @@ class ZmqExecutor:
         world = self.config.world_size
         hellos = {message.rank: message for message in self._await(Hello, START_TIMEOUT_S, on_progress)}
         hosts = {hello.host for hello in hellos.values()}
-        plan = size_cache(self.config, self.spec, min(hello.memory_bytes for hello in hellos.values()))
+        keeps_fp8 = all(hello.multiplies_fp8 for hello in hellos.values())  # ranks of a stage hold the same
+        plan = size_cache(self.config, self.spec, min(hello.memory_bytes for hello in hellos.values()), keeps_fp8)
         first = hellos[0]
         threads = num_threads(self.config, world // len(hosts))
-        self._send_all(Begin(f"tcp://{first.address}:{first.free_port}", plan.num_blocks, threads))
+        self._send_all(Begin(f"tcp://{first.address}:{first.free_port}", plan.num_blocks, threads, keeps_fp8))
         self._await(Ready, None, on_progress)
         return plan
 
