@@ -124,6 +124,21 @@ def test_a_client_that_leaves_frees_its_blocks(service_url: str, scrape: Callabl
     assert departures() == before + 1
 
 
+def test_a_client_that_leaves_before_its_reply_frees_its_blocks(service_url: str, scrape: Callable[[], Scrape]) -> None:
+    """Without a stream, and with its body in a packet of its own, as most clients send it."""
+
+    def departures() -> float:
+        return scrape().total("ridgewalk_request_errors_total", model_name=MODEL, status="499")
+
+    before = departures()
+    with httpx.Client() as client:
+        client.post(f"{service_url}/v1/chat/completions", json=body(max_tokens=2), timeout=30)  # a used connection
+        with pytest.raises(httpx.ReadTimeout):
+            client.post(f"{service_url}/v1/chat/completions", json=body(max_tokens=1900, ignore_eos=True), timeout=0.3)
+    assert eventually(lambda: departures() == before + 1, 5)
+    assert eventually(idle(scrape), 5)
+
+
 def test_every_reply_has_one_request_id(service_url: str) -> None:
     chat = f"{service_url}/v1/chat/completions"
     mine = {"x-request-id": "mine"}

@@ -157,7 +157,8 @@ def test_a_finished_run_leaves_a_checkpoint_folder(
     }
     model, info = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
     assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
-    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    weights = {name: p.dtype for name, p in model.named_parameters() if not name.endswith("mlp.gate.weight")}
+    assert set(weights.values()) == {torch.bfloat16}  # routers are computed in FP32, which transformers may also keep
 
 
 def test_a_sparse_model_is_written_as_deepseek_writes_its_own(tmp_path: Path) -> None:

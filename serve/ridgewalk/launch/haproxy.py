@@ -5,7 +5,9 @@ writes its configuration anew before each start of that program:
 
 - clients reach HAProxy at the address that the user chose, while Serve and its replicas know the loopback address only;
 - while no ingress runs, clients get a 503 in OpenAI's shape and not Serve's 404 or 500, nor its fallback proxy;
-- HAProxy's own metrics and statistics, which ask for no key, listen on the loopback address.
+- HAProxy's own metrics and statistics, which ask for no key, listen on the loopback address;
+- requests are not spliced: of a client that sent its body in a second packet, as most do, HAProxy 2.8 would not notice that
+  it left before the reply began (``option abortonclose`` says nothing while the kernel moves the body).
 
 This file runs alone, for every reload: it imports nothing but the standard library's quickest parts.
 """
@@ -53,6 +55,7 @@ def amended(config: str, address: str, error_file: str) -> str:
         ("its statistics port", r"(^listen stats\n\s+bind )\*:(\d+)$", r"\g<1>127.0.0.1:\2", 1),
         ("paths without a route", r"(^backend default_backend\n\s+http-request return status ).*$",
          r"\g<1>503 default-errorfiles", 1),
+        ("the splicing of requests", r"^\s+option splice-request\n", "", 1),
         ("its own errors", r"^(\s+errorfile 50[234] ).*$", rf"\g<1>{error_file}", 3),
     )  # fmt: skip
     for what, pattern, replacement, expected in amendments:
