@@ -169,12 +169,13 @@ async def test_a_server_that_ends_says_so(backend: FakeBackend, streamed: bool, 
         await asyncio.sleep(0)
     await backend.streams[0].waiting.wait()
     replies.end_all()
+    await replies.wait_ended()  # all is written by then
+    assert connection.sent[-1].get("more_body", False) is False
     await running
     begun = streamed and tokens_before > 0
     assert connection.sent[0]["status"] == (200 if begun else 503)
     last = connection.chunks[-1]
     assert json.loads(last.removeprefix(b"data: "))["error"]["type"] == "server_error"
-    assert connection.sent[-1].get("more_body", False) is False
     assert backend.streams[0].closed.is_set()
     late = Connection(backend, chat(stream=streamed), open_replies=replies)
     await late.run()

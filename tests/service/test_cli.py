@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
@@ -86,18 +88,30 @@ def test_two_services_live_on_one_machine_and_leave_nothing_behind(start: Start,
         assert ask(f"http://[::1]:{ports[1]}") == "85"
     assert used_placements(urls[0]) == {"TP1": 1}
     assert used_placements(urls[1]) == {"DP2": 2, "TP2": 1}
-    for process in services:
+    for process, url in zip(services, urls, strict=True):
         family = psutil.Process(process.pid).children(recursive=True)
         haproxy = next(child for child in family if "haproxy" in child.name())
         folder = Path(haproxy.cmdline()[haproxy.cmdline().index("-f") + 1]).parents[1]
         assert folder.is_dir()
-        asked = time.monotonic()
-        process.send_signal(signal.SIGINT)
+        with open_stream(url) as lines:
+            next(lines)
+            asked = time.monotonic()
+            process.send_signal(signal.SIGINT)
+            events = [line for line in lines if line.startswith("data: ")]
+        assert json.loads(events[-1].removeprefix("data: "))["error"]["type"] == "server_error"
         assert process.wait(30) == 0
         assert time.monotonic() - asked < 10  # the promise of the README
         _, alive = psutil.wait_procs(family, timeout=0)
         assert [child for child in alive if child.status() != psutil.STATUS_ZOMBIE] == []
         assert not folder.exists()
+
+
+@contextmanager
+def open_stream(url: str) -> Iterator[Iterator[str]]:
+    """Lines of an answer that takes longer than a service drains."""
+    fields = {"prompt": "1", "stream": True, "n": 32, "max_tokens": 1900, "ignore_eos": True}
+    with httpx.stream("POST", f"{url}/v1/completions", json={"model": MODEL, **fields}, timeout=60) as reply:
+        yield reply.iter_lines()
 
 
 def statuses_until_ready(url: str) -> set[int | None]:

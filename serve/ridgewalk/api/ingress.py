@@ -72,8 +72,9 @@ class Ingress:
         )
 
     async def end_replies(self) -> None:
-        """The service ends now: so do its streams, with an error event."""
+        """The service ends now: so do its streams, with an error event. Returns when all of it has been written."""
         self._replies.end_all()
+        await self._replies.wait_ended()
 
     def __del__(self) -> None:
         if hasattr(self, "_backend"):

@@ -6,8 +6,8 @@ writes its configuration anew before each start of that program:
 - clients reach HAProxy at the address that the user chose, while Serve and its replicas know the loopback address only;
 - while no ingress runs, clients get a 503 in OpenAI's shape and not Serve's 404 or 500, nor its fallback proxy;
 - HAProxy's own metrics and statistics, which ask for no key, listen on the loopback address;
-- requests are not spliced: of a client that sent its body in a second packet, as most do, HAProxy 2.8 would not notice that
-  it left before the reply began (``option abortonclose`` says nothing while the kernel moves the body).
+- requests are not spliced: of a client that sent its body in a second packet, as most do, HAProxy 2.8 would not notice
+  that it left before the reply began (``option abortonclose`` is mute once the kernel has moved the body).
 
 This file runs alone, for every reload: it imports nothing but the standard library's quickest parts.
 """
