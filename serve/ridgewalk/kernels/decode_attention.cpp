@@ -109,9 +109,10 @@ template <class T, int NG>
 void accumulate_heads(
     float* acc, const float* p, const T* const* v, int offset, int count, int d, Prefetch<T>& prefetch, int steps
 ) {
+    constexpr int NV = REGISTERS / 8;
     int i = 0;
-    for (; i + 4 * LANES <= d; i += 4 * LANES, steps = 0)
-        accumulate<T, NG, 4>(acc + i, d, p, v, offset + i, count, prefetch, steps);
+    for (; i + NV * LANES <= d; i += NV * LANES, steps = 0)
+        accumulate<T, NG, NV>(acc + i, d, p, v, offset + i, count, prefetch, steps);
     for (; i < d; i += LANES, steps = 0) accumulate<T, NG, 1>(acc + i, d, p, v, offset + i, count, prefetch, steps);
 }
 
@@ -157,7 +158,7 @@ void stream(
                         if (g == 0)
                             for (int n = 0; n < steps; n++) prefetch.step();
                     }
-                    store(scores + t, reduce16(sums) * s.scale);
+                    store(scores + t, reduce(sums) * s.scale);
                 }
                 float factor = soften(scores, count, state.top[head + g], state.total[head + g]);
                 if (factor != 1.0f)

@@ -74,9 +74,9 @@ void score_tile(
             block(scores + t, q + (size_t)row * s.width, w.keys + t, s.width, s.cache.scale, prefetch);
     };
     int row = 0;
-    for (; row + 4 <= rows; row += 4) keys_by(score_block<T, 4>, row, 4);
-    if (row + 2 <= rows) keys_by(score_block<T, 2>, row, 8), row += 2;
-    if (row < rows) keys_by(score_block<T, 1>, row, 16);
+    for (; row + 4 <= rows; row += 4) keys_by(score_block<T, 4>, row, LANES / 4);
+    if (row + 2 <= rows) keys_by(score_block<T, 2>, row, LANES / 2), row += 2;
+    if (row < rows) keys_by(score_block<T, 1>, row, LANES);
 }
 
 // The softmax of a tile's scores: weights in place of scores, older sums rescaled.

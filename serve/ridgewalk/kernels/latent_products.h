@@ -68,7 +68,7 @@ struct Prefetch {
     }
 };
 
-// Scores of ROWS rows by 16 / ROWS keys.
+// Scores of ROWS rows by LANES / ROWS keys.
 template <class T, int ROWS>
 void score_block(
     float* scores, const RowOf<T>* q, const T* const* keys, int width, float scale, Prefetch& prefetch
@@ -97,11 +97,11 @@ void score_block(
             for (int t = 0; t < KEYS; t++) sums[r * KEYS + t] += x * k[t];
         }
     }
-    const vf all = reduce16(sums) * scale;
+    const vf all = reduce(sums) * scale;
     for (int r = 0; r < ROWS; r++) memcpy(scores + r * TILE, (const float*)&all + r * KEYS, KEYS * sizeof(float));
 }
 
-// acc[ROWS] += weights[ROWS][count] * values, in columns [column, column + 32).
+// acc[ROWS] += weights[ROWS][count] * values, in columns [column, column + 2 * LANES).
 template <class T, int ROWS>
 void add_columns(
     float* acc, const float* weights, const bf16* pairs, const T* const* values, int column, int count, int value_dim,

@@ -1,22 +1,24 @@
 // Products with weights repacked once at load, summed in FP32.
 //
-// Weights lie in panels of 32 outputs, read front to back. Few rows (decode) are bound by reading the weights once,
+// Weights lie in panels of two registers of outputs, read front to back. Few rows (decode) are bound by reading the weights once,
 // many rows by multiplying. BF16 goes through vdpbf16ps where the CPU has it, two products a lane; everything else is
 // widened to FP32.
 #pragma once
 
 #include <algorithm>
+#include <array>
 #include <memory>
 #include <type_traits>
+#include <utility>
 
 #include "thread_pool.h"
 #include "vector.h"
 
 namespace ridgewalk {
 
-constexpr int PANEL = 32;       // outputs of a panel: two vectors
-constexpr int MAX_ROWS = 12;    // rows at once: 24 sums stay in registers
-constexpr int ROW_BLOCK = 240;  // rows that share a panel before the next is read; x of that size stays in L2
+constexpr int PANEL = 2 * LANES;             // outputs of a panel
+constexpr int MAX_ROWS = REGISTERS * 3 / 8;  // rows at once: with two sums each they fill 3/4 of the registers
+constexpr int ROW_BLOCK = 240;               // rows that share a panel before the next is read; x of that size stays in L2
 
 static inline int64_t panels_of(int64_t n) { return (n + PANEL - 1) / PANEL; }
 
@@ -109,11 +111,12 @@ template <class T, class Rows, class Sink>
 using Tile = void (*)(const T*, int64_t, const Rows&, int64_t, const Sink&, const char*, int);
 
 template <class T, class R, class S>
-constexpr Tile<T, R, S> TILES[MAX_ROWS + 1] = {
-    nullptr,
-    multiply_tile<T, 1, R, S>, multiply_tile<T, 2, R, S>, multiply_tile<T, 3, R, S>, multiply_tile<T, 4, R, S>,
-    multiply_tile<T, 5, R, S>, multiply_tile<T, 6, R, S>, multiply_tile<T, 7, R, S>, multiply_tile<T, 8, R, S>,
-    multiply_tile<T, 9, R, S>, multiply_tile<T, 10, R, S>, multiply_tile<T, 11, R, S>, multiply_tile<T, 12, R, S>,
+struct Tiles {
+    template <size_t... I>
+    static constexpr std::array<Tile<T, R, S>, MAX_ROWS> make(std::index_sequence<I...>) {
+        return {multiply_tile<T, I + 1, R, S>...};
+    }
+    static constexpr auto BY_ROWS = make(std::make_index_sequence<MAX_ROWS>());
 };
 
 // `count` rows by a panel, in tiles of nearly equal height, which fetch the panel at `next` between them.
@@ -127,7 +130,7 @@ void multiply_panel(
     const char* ahead = (const char*)next;
     for (int64_t t = 0; t < tiles; t++) {
         const int64_t from = first + count * t / tiles, to = first + count * (t + 1) / tiles;
-        TILES<T, Rows, Sink>[to - from](weight, k, rows, from, sink, ahead, step);
+        Tiles<T, Rows, Sink>::BY_ROWS[to - from - 1](weight, k, rows, from, sink, ahead, step);
         ahead += step * k / Packing<T>::DEPTH;
     }
 }

@@ -11,26 +11,33 @@ namespace {
 
 constexpr int ROWS = 64;  // queries x heads of a group that share one packed tile
 
-// c[4][64] += a[4][depth] * b[depth][64]
-inline void multiply_tile(
+constexpr int STRIP = REGISTERS / 8;  // vectors of a row whose sums stay in registers
+
+// c[4][STRIP vectors] += a[4][depth] * b[depth][STRIP vectors]
+inline void multiply_strip(
     float* c, int c_stride, const float* a, int a_stride, const float* b, int b_stride, int depth
 ) {
-    vf sums[4][4];
+    vf sums[4][STRIP];
     for (int r = 0; r < 4; r++)
-        for (int j = 0; j < 4; j++) sums[r][j] = load(c + r * c_stride + j * LANES);
+        for (int j = 0; j < STRIP; j++) sums[r][j] = load(c + r * c_stride + j * LANES);
     for (int i = 0; i < depth; i++) {
         const float* row = b + (size_t)i * b_stride;
-        vf b0 = load(row), b1 = load(row + LANES), b2 = load(row + 2 * LANES), b3 = load(row + 3 * LANES);
+        vf values[STRIP];
+        for (int j = 0; j < STRIP; j++) values[j] = load(row + j * LANES);
         for (int r = 0; r < 4; r++) {
-            float x = a[r * a_stride + i];
-            sums[r][0] += x * b0;
-            sums[r][1] += x * b1;
-            sums[r][2] += x * b2;
-            sums[r][3] += x * b3;
+            const float x = a[r * a_stride + i];
+            for (int j = 0; j < STRIP; j++) sums[r][j] += x * values[j];
         }
     }
     for (int r = 0; r < 4; r++)
-        for (int j = 0; j < 4; j++) store(c + r * c_stride + j * LANES, sums[r][j]);
+        for (int j = 0; j < STRIP; j++) store(c + r * c_stride + j * LANES, sums[r][j]);
+}
+
+// c[4][TILE] += a[4][depth] * b[depth][TILE]
+inline void multiply_tile(
+    float* c, int c_stride, const float* a, int a_stride, const float* b, int b_stride, int depth
+) {
+    for (int i = 0; i < TILE; i += STRIP * LANES) multiply_strip(c + i, c_stride, a, a_stride, b + i, b_stride, depth);
 }
 
 // Buffers of one thread in prefill. Rows are (query, head of the group); widths are padded to whole tiles.

@@ -1,21 +1,30 @@
-// Sixteen floats at a time, in GCC's vector extensions, and conversions from and to the storage types of tensors.
+// A register of floats at a time, in GCC's vector extensions, and conversions from and to the storage types of tensors.
+//
+// Registers hold 16 floats with AVX-512 and are taken to hold 8 elsewhere. GCC computes a wider vector than the CPU has
+// through memory, thirty times slower than one that fits.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
-#if defined(__AVX512F__)
+#if defined(__AVX512F__) || defined(__F16C__)
 #include <immintrin.h>
 #endif
 
 namespace ridgewalk {
 
+#if defined(__AVX512F__)
 constexpr int LANES = 16;
+constexpr int REGISTERS = 32;
+#else
+constexpr int LANES = 8;
+constexpr int REGISTERS = 16;
+#endif
 
-typedef float vf __attribute__((vector_size(64), aligned(4)));
-typedef int32_t vi __attribute__((vector_size(64), aligned(4)));
-typedef uint32_t vu __attribute__((vector_size(64), aligned(4)));
-typedef uint16_t vh __attribute__((vector_size(32), aligned(2)));
+typedef float vf __attribute__((vector_size(LANES * 4), aligned(4)));
+typedef int32_t vi __attribute__((vector_size(LANES * 4), aligned(4)));
+typedef uint32_t vu __attribute__((vector_size(LANES * 4), aligned(4)));
+typedef uint16_t vh __attribute__((vector_size(LANES * 2), aligned(2)));
 
 struct bf16 {
     uint16_t bits;
@@ -39,6 +48,8 @@ static inline vf load(const bf16* p) {
 static inline vf load(const fp16* p) {
 #if defined(__AVX512F__)
     return (vf)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
+#elif defined(__F16C__)
+    return (vf)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p));
 #else
     vf v;
     for (int i = 0; i < LANES; i++) v[i] = (float)p[i];
@@ -58,6 +69,8 @@ static inline void store(bf16* p, vf v) {
 static inline void store(fp16* p, vf v) {
 #if defined(__AVX512F__)
     _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT));
+#elif defined(__F16C__)
+    _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT));
 #else
     for (int i = 0; i < LANES; i++) p[i] = (fp16)v[i];
 #endif
@@ -85,10 +98,16 @@ static inline vf vmin(vf a, vf b) { return a < b ? a : b; }
 // Every lane of the result is the combination of all lanes.
 template <class F>
 static inline vf combine(vf v, F op) {
+#if defined(__AVX512F__)
     v = op(v, __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7));
     v = op(v, __builtin_shufflevector(v, v, 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11));
     v = op(v, __builtin_shufflevector(v, v, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13));
     return op(v, __builtin_shufflevector(v, v, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14));
+#else
+    v = op(v, __builtin_shufflevector(v, v, 4, 5, 6, 7, 0, 1, 2, 3));
+    v = op(v, __builtin_shufflevector(v, v, 2, 3, 0, 1, 6, 7, 4, 5));
+    return op(v, __builtin_shufflevector(v, v, 1, 0, 3, 2, 5, 4, 7, 6));
+#endif
 }
 static inline float sum(vf v) {
     return combine(v, [](vf a, vf b) { return a + b; })[0];
