@@ -31,7 +31,7 @@ def make_stats(groups: list[GroupStats] | None = None, **fields: float) -> Engin
         ("num_waiting", "num_preemptions", "recomputed_tokens", "prefix_cache_queries", "prefix_cache_hits",
          "prompt_tokens", "generation_tokens", "steps"), 0,
     )  # fmt: skip
-    idle |= {"block_size": 16, "throttled": False, "throttled_seconds": 0.0} | fields
+    idle |= {"block_size": 16, "throttled_seconds": 0.0} | fields
     return EngineStats(groups=groups or [GroupStats(0, 0, 100, 0, 0)], **idle)  # type: ignore[arg-type]
 
 

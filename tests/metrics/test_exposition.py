@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.parser import text_string_to_metric_families
 
+from ridgewalk.engine.stats import GroupStats
 from ridgewalk.engine.step import RankTimings
 from ridgewalk.metrics import catalogue
 from ridgewalk.metrics.exposition import merge
@@ -28,7 +29,8 @@ def full_service(num_replicas: int = 3, tp: int = 2) -> list[Snapshot]:
     answers = []
     for index in range(num_replicas):
         metrics = make_metrics(str(index), tp=tp, placement=f"DP{num_replicas}xTP{tp}")
-        metrics.on_stats(make_stats(prompt_tokens=index, num_waiting=1, head_of_line_blocks=1, throttled=index == 0))
+        group = GroupStats(0, 0, 100, 0, 0, throttled=index == 0)
+        metrics.on_stats(make_stats([group], prompt_tokens=index, num_waiting=1, head_of_line_blocks=1))
         metrics.on_admitted(0.1 * index)
         ops = ("all_reduce", "all_gather", "gather")
         phases = dict.fromkeys(("prepare", "embed", "attention", "mlp", "collective", "head", "sample"), 0.001)

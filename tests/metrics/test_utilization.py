@@ -18,13 +18,16 @@ class Engine:
 
     def __init__(self) -> None:
         self.utilization = Utilization(make_spec(), Mesh(), "float32")
-        self.now, self.tokens, self.recomputed, self.throttled_seconds = 0.0, 0, 0, 0.0
+        self.now, self.tokens, self.generated, self.recomputed, self.throttled_seconds = 0.0, 0, 0, 0, 0.0
         self.report(throttled=False)
 
-    def run(self, seconds: float, rate: int, throttled: bool = False, recomputed_rate: int = 0) -> Utilization:
+    def run(
+        self, seconds: float, rate: int, throttled: bool = False, recomputed_rate: int = 0, prompt_rate: int = 0
+    ) -> Utilization:
         for _ in range(round(seconds * 10)):
             self.now += 0.1
-            self.tokens += (rate + recomputed_rate) // 10
+            self.tokens += (rate + recomputed_rate + prompt_rate) // 10
+            self.generated += rate // 10
             self.recomputed += recomputed_rate // 10
             self.throttled_seconds += 0.1 * throttled
             self.report(throttled)
@@ -33,8 +36,9 @@ class Engine:
     def report(self, throttled: bool) -> None:
         self.utilization.on_stats(
             make_stats(
-                [GroupStats(1, 0, 99, 0, 1)], computed_tokens=self.tokens, recomputed_tokens=self.recomputed,
-                throttled=throttled, throttled_seconds=self.throttled_seconds,
+                [GroupStats(1, 0, 99, 0, 1, throttled)], computed_tokens=self.tokens,
+                generation_tokens=self.generated, recomputed_tokens=self.recomputed,
+                throttled_seconds=self.throttled_seconds,
             ),
             self.now,
         )  # fmt: skip
@@ -52,6 +56,26 @@ def test_recomputed_tokens_are_not_use() -> None:
     engine = Engine()
     engine.run(2, 1000)
     assert engine.run(2, 400, throttled=True, recomputed_rate=900).trapped is True
+
+
+def test_a_burst_of_prompts_sets_no_mark_for_decoding() -> None:
+    """Prompts are computed at ten times the rate of decoding; then decoding goes on as fast as ever, throttled."""
+    engine = Engine()
+    engine.run(2, 100, prompt_rate=10_000)
+    assert engine.run(2, 1000, throttled=True).trapped is None  # no window of decoding was unthrottled yet
+    engine.run(2, 1000)
+    engine.run(2, 100, prompt_rate=10_000)
+    assert engine.run(2, 900, throttled=True).trapped is False
+
+
+def test_prompts_among_throttled_decoding_change_no_verdict() -> None:
+    engine = Engine()
+    engine.run(2, 1000)
+    assert engine.run(2, 900, throttled=True).trapped is False
+    assert engine.run(2, 100, throttled=True, prompt_rate=5000).trapped is False
+    assert engine.run(2, 400, throttled=True, prompt_rate=300).trapped is True
+    assert engine.run(2, 100, throttled=True, prompt_rate=5000).trapped is True
+    assert engine.run(2, 600, throttled=True, prompt_rate=300).trapped is False  # half of its time went into prompts
 
 
 def test_a_replica_that_was_never_unthrottled_does_not_know() -> None:

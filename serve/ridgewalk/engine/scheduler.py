@@ -62,6 +62,8 @@ class AttentionGroup:
 
     kv: KVCacheManager
     running: list[Request] = field(default_factory=list)  # in the order of admission
+    throttled: bool = False  # in the last `Scheduler.schedule` work was left waiting for want of this KV alone
+    num_throttled: int = 0  # such calls since the start, those that preempted included
 
     @property
     def num_blocks_attended(self) -> int:
@@ -102,7 +104,6 @@ class Scheduler:
         ]
         self.waiting: deque[Request] = deque()
         self.counters = SchedulerCounters()
-        self.throttled = False  # in the last `schedule()` work was left waiting for want of KV alone
         self._requests: dict[int, Request] = {}  # by seq_id, until they end
         self._in_flight: deque[tuple[int, list[list[tuple[Request, bool]]]]] = deque()  # step_id, rows by group
         self._builder = BatchBuilder(config.num_groups)
@@ -152,6 +153,11 @@ class Scheduler:
         """Steps scheduled and not yet updated."""
         return len(self._in_flight)
 
+    @property
+    def throttled(self) -> bool:
+        """True when the last `schedule` left work waiting for want of KV alone, in any group."""
+        return any(group.throttled for group in self.groups)
+
     # -- steps ------------------------------------------------------------------------------------------------------
 
     def schedule(self, now: float, measure: bool = False) -> StepInput | None:
@@ -163,11 +169,14 @@ class Scheduler:
         if len(self._in_flight) >= self.config.max_steps_in_flight:
             raise RuntimeError("schedule() called with max_steps_in_flight steps open")
         plans = [_Plan(group, self.config.max_num_batched_tokens, self._row_limit(group)) for group in self.groups]
-        self.throttled = False
+        for group in self.groups:
+            group.throttled = False
         preempted = [self._schedule_running(plan) for plan in plans]
         if self.waiting and not any(preempted):
             self._raise_row_limits(plans)
             self._schedule_waiting(plans, now)
+        for group in self.groups:
+            group.num_throttled += group.throttled
         if not any(plan.rows for plan in plans):
             return None
         batches = [self._commit(index, plan) for index, plan in enumerate(plans)]
@@ -210,7 +219,7 @@ class Scheduler:
                 continue
             num_tokens = min(request.num_tokens_to_compute, plan.budget)
             while not plan.group.kv.grow(request, request.num_computed_tokens + num_tokens):
-                self.throttled = True
+                plan.group.throttled = True
                 victim = plan.group.running[-1]
                 if victim.num_in_flight:
                     break  # its blocks are not free at once: wait for the steps in flight instead
@@ -255,7 +264,8 @@ class Scheduler:
             ]
             choice = self._choose_group(request, open_plans)
             if choice is None:
-                self.throttled = self.throttled or bool(open_plans)
+                for plan in open_plans:
+                    plan.group.throttled = True
                 return
             plan, hit = choice
             self.waiting.popleft()
@@ -289,7 +299,8 @@ class Scheduler:
         seated = [plan for plan, left in zip(plans, seats, strict=True) if left > 0]
         choice = self._choose_group(self.waiting[0], seated)
         if choice is None:
-            self.throttled = self.throttled or bool(seated)
+            for plan in seated:
+                plan.group.throttled = True
             return counts
         available = [plan.group.kv.pool.num_available for plan in plans]
         index, num_hits = plans.index(choice[0]), len(choice[1].blocks)

@@ -15,6 +15,8 @@ class GroupStats(msgspec.Struct, frozen=True):
     free_blocks: int
     unfilled_slots: int  # slots of used blocks that hold no computed token
     num_running: int
+    throttled: bool = False  # the last schedule left work waiting for want of this group's KV alone
+    num_throttled: int = 0  # schedules that did, or that preempted for want of it: a counter
 
 
 class EngineStats(msgspec.Struct, frozen=True):
@@ -30,10 +32,14 @@ class EngineStats(msgspec.Struct, frozen=True):
     prompt_tokens: int
     generation_tokens: int
     steps: int
-    throttled: bool
     throttled_seconds: float
     head_of_line_blocks: int = 0  # KV blocks that the first waiting sequence needs, prefix hits aside; 0: none waits
     computed_tokens: int = 0  # recomputed ones included
+
+    @property
+    def throttled(self) -> bool:
+        """True when work waits for want of KV alone, in any group."""
+        return any(group.throttled for group in self.groups)
 
 
 def snapshot(scheduler: Scheduler, throttled_seconds: float) -> EngineStats:
@@ -51,7 +57,6 @@ def snapshot(scheduler: Scheduler, throttled_seconds: float) -> EngineStats:
         prompt_tokens=counters.prompt_tokens,
         generation_tokens=counters.generation_tokens,
         steps=counters.steps,
-        throttled=scheduler.throttled,
         throttled_seconds=throttled_seconds,
         head_of_line_blocks=scheduler.groups[0].kv.blocks_for(head.num_tokens) if head else 0,
         computed_tokens=counters.computed_tokens,
@@ -69,4 +74,6 @@ def _group_stats(group: AttentionGroup) -> GroupStats:
             len(request.block_ids) * group.kv.block_size - request.num_computed_tokens for request in group.running
         ),
         num_running=len(group.running),
+        throttled=group.throttled,
+        num_throttled=group.num_throttled,
     )

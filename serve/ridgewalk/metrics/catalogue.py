@@ -218,8 +218,8 @@ KV_WEIGHT_REPLICATION = _service(
 )  # fmt: skip
 CAPACITY_TRAP = _service(
     "capacity_trap",
-    "1 while a replica is throttled and its FLOPs utilization is under half of the highest it had unthrottled. Absent "
-    "while unknown.",
+    "1 while a replica is throttled and its FLOPs utilization, of decoding, is under half of the highest it had "
+    "unthrottled. Absent while unknown.",
     "model_name",
 )  # fmt: skip
 SCRAPE_MISSING_REPLICAS = _service(

@@ -33,17 +33,18 @@ def model_gauges(replicas: Iterable[ReplicaState]) -> list[Metric]:
 def stranded_ratio(replicas: list[ReplicaState]) -> float | None:
     """Available blocks of groups that could admit another, starved group's head-of-line request / all blocks.
 
-    None: no replica has reported yet.
+    Attention groups of one replica are groups as well: they share a queue, so the request is the same, but each has
+    its own KV. None: no replica has reported yet.
     """
     groups = [(replica, group) for replica in replicas for group in replica.groups]
     total = sum(group.total_blocks for _, group in groups)
-    starved = [replica for replica in replicas if any(map(_is_starved, replica.groups))]
+    starved = [(replica, group) for replica, group in groups if _is_starved(group)]
     if not total:
         return None
     stranded = sum(
         group.available_blocks
-        for owner, group in groups
-        if any(_could_admit(group, other.head_of_line_blocks) for other in starved if other is not owner)
+        for _, group in groups
+        if any(_could_admit(group, other.head_of_line_blocks) for other, lacking in starved if lacking is not group)
     )
     return stranded / total
 

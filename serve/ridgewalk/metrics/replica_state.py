@@ -14,39 +14,34 @@ if TYPE_CHECKING:
 
 
 class ReplicaStateTracker:
-    """Fed with the engine's reports; remembers when work last lacked KV. Not thread-safe."""
+    """Fed with the engine's reports; remembers when each group last lacked KV. Not thread-safe."""
 
     def __init__(self, config: EngineConfig, replica: str, spec: ModelSpec, keeps_fp8: bool = False) -> None:
         self._config = config
         self._replica = replica
         self._held_bytes, self._unique_bytes = weight_bytes(config, spec, keeps_fp8)
         self._stats: EngineStats | None = None
-        self._starved_at: float | None = None
+        self._starved_at: dict[int, float] = {}  # by attention group
 
     def on_stats(self, stats: EngineStats, now: float) -> None:
         """Take in a report. What happened between two reports shows in the counters."""
-        last = self._stats
-        waited = stats.throttled_seconds > (last.throttled_seconds if last else 0.0)
-        preempted = stats.num_preemptions > (last.num_preemptions if last else 0)
-        if stats.throttled or waited or preempted:
-            self._starved_at = now
+        for index, group in enumerate(stats.groups):
+            before = self._stats.groups[index].num_throttled if self._stats else 0
+            if group.throttled or group.num_throttled > before:
+                self._starved_at[index] = now
         self._stats = stats
 
     def read(self, now: float, trapped: bool | None) -> ReplicaState:
-        """The state now.
-
-        A replica with several attention groups does not tell which of them lacked KV: all are taken to have.
-        """
+        """The state now."""
         stats = self._stats
-        ago = None if self._starved_at is None else now - self._starved_at
         groups = [
             GroupState(
                 total_blocks=group.used_blocks + group.cached_blocks + group.free_blocks,
                 available_blocks=group.cached_blocks + group.free_blocks,
                 has_seat=group.num_running < self._config.max_num_seqs,
-                starved_seconds_ago=ago,
+                starved_seconds_ago=now - self._starved_at[index] if index in self._starved_at else None,
             )
-            for group in (stats.groups if stats else [])
+            for index, group in enumerate(stats.groups if stats else [])
         ]
         return ReplicaState(
             model_name=self._config.model_name,

@@ -17,7 +17,7 @@ WINDOW_S = 1.0
 """Rates are taken over the last so many seconds."""
 
 TRAP_FRACTION = 0.5
-"""Throttled and below this share of the highest unthrottled utilization: the capacity trap."""
+"""Throttled and below this share of the highest unthrottled utilization of decoding: the capacity trap."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,9 @@ class _Reading:
 
     time: float
     flops: float  # of the whole replica, recomputed tokens excluded
+    decode_flops: float  # of these, those of the tokens generated
+    decode_tokens: int
+    prompt_tokens: int  # computed for the first time and not generated
     bytes_read: float  # by the whole replica: weights once a step, and the KV of everything running
     throttled_seconds: float
     num_preemptions: int
@@ -59,7 +62,8 @@ class Utilization:
         self._kv_bytes_per_token = mesh.tp * sum(spec.kv_bytes_per_token_per_stage(mesh, dtype))
         self._last: EngineStats | None = None
         self._readings: deque[_Reading] = deque()
-        self._highest_unthrottled = 0.0  # FLOPs per second; 0: not known
+        self._highest_unthrottled = 0.0  # FLOPs per second of decoding; 0: not known
+        self._throttled_below: bool | None = None  # half of it, in the last window of decoding; None: not known
 
     def on_stats(self, stats: EngineStats, now: float) -> None:
         """Take in a report."""
@@ -67,8 +71,7 @@ class Utilization:
         self._last = stats
         while len(self._readings) > 2 and self._readings[1].time <= now - WINDOW_S:
             self._readings.popleft()
-        if not self.throttled:
-            self._highest_unthrottled = max(self._highest_unthrottled, self.flops_per_second or 0.0)
+        self._judge()
 
     @property
     def throttled(self) -> bool:
@@ -98,14 +101,15 @@ class Utilization:
     def trapped(self) -> bool | None:
         """Throttled, at under half of the highest utilization it had unthrottled. None: not known.
 
-        The peak of the hardware cancels out, so it need not be known.
+        Utilization here is of decoding: FLOPs of generated tokens per second, in windows that computed no more prompt
+        tokens than they generated. A prompt's tokens are computed together and reach many times the FLOPs of
+        decoding, so a burst of prompts would set a mark that no decoding comes near; and in a window of decoding as
+        defined, prompts take at most half of the time, since no prompt token takes longer than a generated one: they
+        alone cannot bring it below half of the mark. Recomputed tokens count neither way. Windows mostly of prompts
+        change nothing: what the last one of decoding said stands. The peak of the hardware cancels out, so it need
+        not be known.
         """
-        if not self.throttled:
-            return False
-        flops = self.flops_per_second
-        if flops is None or not self._highest_unthrottled:
-            return None
-        return flops < TRAP_FRACTION * self._highest_unthrottled
+        return self._throttled_below if self.throttled else False
 
     def flops_utilization(self, peaks: HardwarePeaks) -> float | None:
         """Share of the peak of all ranks; None: not known."""
@@ -119,6 +123,21 @@ class Utilization:
             return None
         return self.bytes_per_second / (peaks.bytes_per_second * self._world_size)
 
+    def _judge(self) -> None:
+        seconds, throttled = self._seconds, self.throttled
+        if not throttled:
+            self._throttled_below = None
+        if seconds is None:
+            return
+        first, last = self._readings[0], self._readings[-1]
+        if last.prompt_tokens - first.prompt_tokens > last.decode_tokens - first.decode_tokens:
+            return
+        flops = (last.decode_flops - first.decode_flops) / seconds
+        if not throttled:
+            self._highest_unthrottled = max(self._highest_unthrottled, flops)
+        elif self._highest_unthrottled:
+            self._throttled_below = flops < TRAP_FRACTION * self._highest_unthrottled
+
     @property
     def _seconds(self) -> float | None:
         if len(self._readings) < 2:
@@ -129,17 +148,25 @@ class Utilization:
     def _read(self, stats: EngineStats, now: float) -> _Reading:
         last = self._last
         if last is None:
-            return _Reading(now, 0.0, 0.0, stats.throttled_seconds, stats.num_preemptions)
+            return _Reading(now, 0.0, 0.0, 0, 0, 0.0, stats.throttled_seconds, stats.num_preemptions)
         before = self._readings[-1]
         filled = filled_slots(stats)
         running = sum(group.num_running for group in stats.groups)
         tokens = useful_tokens(stats) - useful_tokens(last)
-        flops = tokens * self._spec.flops_per_token(filled // running if running else 0)
+        generated = stats.generation_tokens - last.generation_tokens
+        flops_per_token = self._spec.flops_per_token(filled // running if running else 0)
         steps, computed = stats.steps - last.steps, stats.computed_tokens - last.computed_tokens
         weight_bytes = self._weight_bytes_read(computed / steps) if steps else 0.0
         bytes_read = steps * (weight_bytes + filled * self._kv_bytes_per_token)
         return _Reading(
-            now, before.flops + flops, before.bytes_read + bytes_read, stats.throttled_seconds, stats.num_preemptions
+            now,
+            before.flops + tokens * flops_per_token,
+            before.decode_flops + generated * flops_per_token,
+            before.decode_tokens + generated,
+            before.prompt_tokens + tokens - generated,
+            before.bytes_read + bytes_read,
+            stats.throttled_seconds,
+            stats.num_preemptions,
         )
 
     def _weight_bytes_read(self, tokens: float) -> float:
