@@ -40,6 +40,8 @@ RECORDING = {"enable_expert_parallel": True, "record_expert_load": "/var/seen.js
         ({"models": [{"model": "x"}, {"model": "x"}]}, "two models are called 'x'"),
         ({"models": [{"model": "x", "placements": [{}, {}]}]}, "lists a placement twice"),
         ({"models": [{"model": "x"}], "port": 99999}, "port"),
+        ({"models": [{"model": "x", "placements": [{"peak_flops_per_rank": 0}]}]}, "peak_flops_per_rank: .*0"),
+        ({"models": [{"model": "x", "placements": [{"peak_bandwidth_per_rank": "fast"}]}]}, "peak_bandwidth_per_rank"),
         (
             {"models": [{"model": name, "placements": [RECORDING]} for name in "xy"]},
             "two placements record to /var/seen.json; give each its own file",

@@ -51,6 +51,8 @@ WRONG = {
     "--num-blocks": "0",
     "--gpus-per-rank": "-1",
     "--threads-per-rank": "0",
+    "--peak-flops-per-rank": "0",
+    "--peak-bandwidth-per-rank": "fast",
     "--dtype": "int3",
     "--max-model-len": "1",
     "--max-num-seqs": "0",
@@ -64,7 +66,9 @@ WRONG = {
     "--app-name": "",
     "--host": "203.0.113.7",
 }
-FREE = {"--served-model-name", "--config", "-c", "--enable-expert-parallel", "--enable-prefix-caching"}  # never wrong
+FREE = {
+    "--served-model-name", "--config", "-c", "--enable-expert-parallel", "--enable-prefix-caching", "--with-prometheus",
+}  # never wrong  # fmt: skip
 
 
 @pytest.mark.parametrize(("flag", "value"), WRONG.items())

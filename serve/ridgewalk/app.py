@@ -256,6 +256,8 @@ def _resolve_placement(
         cpus_per_rank=placement.cpus_per_rank,
         gpus_per_rank=placement.gpus_per_rank,
         threads_per_rank=placement.threads_per_rank,
+        peak_flops_per_rank=placement.peak_flops_per_rank,
+        peak_bandwidth_per_rank=placement.peak_bandwidth_per_rank,
         ranks_per_host=host.ranks,
     )
     plan = None

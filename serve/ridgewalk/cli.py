@@ -102,6 +102,17 @@ def serve(
     ] = None,
     dtype: Annotated[str, typer.Option(rich_help_panel=ENGINE, help="auto, bfloat16, float16 or float32.")] = "auto",
     max_model_len: Annotated[
+    peak_flops_per_rank: Annotated[
+        float | None,
+        typer.Option(rich_help_panel=PLACEMENT, help="FLOP/s that a rank's device can do: exports FLOPs utilization."),
+    ] = None,
+    peak_bandwidth_per_rank: Annotated[
+        str | None,
+        typer.Option(
+            rich_help_panel=PLACEMENT,
+            help="Bytes/s of a rank's memory, e.g. 3.35TB: exports bandwidth utilization.",
+        ),
+    ] = None,
         int | None, typer.Option(rich_help_panel=ENGINE, help="Prompt + output tokens of a request.")
     ] = None,
     max_num_seqs: Annotated[
@@ -138,13 +149,17 @@ def serve(
     ] = "ridgewalk",
 ) -> None:
     """Serve MODEL (or a configuration file) with an OpenAI-compatible API until Ctrl-C."""
+    with_prometheus: Annotated[
+        bool,
+        typer.Option("--with-prometheus", rich_help_panel=SERVICE, help="Run a Prometheus beside it, with our rules."),
+    ] = False,
     from ridgewalk.launch.deployment import ServiceError
 
     try:
         service = _service_config(context)
         from ridgewalk.launch.service import run_service
 
-        run_service(service, Console(soft_wrap=True))
+        run_service(service, Console(soft_wrap=True), with_prometheus)
     except ConfigError as error:
         raise ConfigError(in_flags(str(error), _flags(context))) from None
     except ServiceError as error:
@@ -173,6 +188,7 @@ def _service_config(context: typer.Context) -> ServeConfig:
     model, path = values.pop("model"), values.pop("config")
     if (model is None) == (path is None):
         raise ConfigError("name either a MODEL or a configuration file (-c FILE)")
+    values.pop("with_prometheus")  # of this command, not of the service
     values["api_keys"] = values.pop("api_key") or []
     if not values["api_keys"] and _is_given(context, "api_key"):
         raise ConfigError("RIDGEWALK_API_KEY is blank; write a key into it, or unset it for a service open to all")
@@ -194,7 +210,7 @@ def _overrides(context: typer.Context, values: dict[str, Any], path: Path) -> di
     overrides = {}
     for parameter in context.command.params:
         field = "api_keys" if parameter.name == "api_key" else parameter.name
-        if parameter.name is None or parameter.name == "config" or not _is_given(context, parameter.name):
+        if parameter.name in (None, "config", "with_prometheus") or not _is_given(context, parameter.name):
             continue
         if field not in ServeConfig.model_fields:
             raise ConfigError(f"{parameter.opts[0]} belongs to a model, and -c names a file: write it into {path}")
@@ -240,3 +256,20 @@ def demo(
     if svg is not None:
         console.save_svg(str(svg), title="make demo")
     raise typer.Exit(0 if succeeded else 1)
+
+
+@app.command()
+def watch(
+    clients: Annotated[int, typer.Option(min=1, help="That ask each model, one question at a time.")] = 8,
+    num_blocks: Annotated[
+        int, typer.Option(min=1, help="KV blocks of 16 tokens, of each group; the default is scarce on purpose.")
+    ] = 128,
+) -> None:
+    """Serve the shipped models under a small load, with a Prometheus to look at, until Ctrl-C."""
+    from ridgewalk.launch.deployment import ServiceError
+    from ridgewalk.launch.watch import run_watch
+
+    try:
+        run_watch(clients, num_blocks, Console(soft_wrap=True))
+    except ServiceError as error:
+        _fail(error, 1)

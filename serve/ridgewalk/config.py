@@ -78,6 +78,8 @@ class PlacementConfig(_Strict):
     cpus_per_rank: float = Field(1.0, gt=0)  # what a rank asks of Ray's scheduler
     gpus_per_rank: float = Field(0.0, ge=0)  # over 0: the rank runs on CUDA
     threads_per_rank: int | None = Field(None, ge=1)  # None: the host's cores over the ranks on it
+    peak_flops_per_rank: float | None = Field(None, gt=0, allow_inf_nan=False)  # per second; with it, utilization
+    peak_bandwidth_per_rank: Size | None = None  # bytes per second of a rank's memory; with it, utilization
 
     @model_validator(mode="after")
     def _refuse_what_contradicts(self) -> PlacementConfig:

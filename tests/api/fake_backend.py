@@ -23,6 +23,7 @@ class FakeBackend:
     calls: list[tuple[str, str, list[Sequence]]] = field(default_factory=list)
     streams: list[FakeStream] = field(default_factory=list)
     missing: str | None = None
+    scrape_timeouts: list[float] = field(default_factory=list)
 
     def generate(self, model: str, request_id: str, sequences: list[Sequence]) -> FakeStream:
         served = self.models[model]
@@ -35,7 +36,8 @@ class FakeBackend:
     def not_ready(self) -> str | None:
         return self.missing
 
-    async def metrics(self) -> bytes:
+    async def metrics(self, timeout_s: float) -> bytes:
+        self.scrape_timeouts.append(timeout_s)
         return b"ridgewalk_up 1\n"
 
 

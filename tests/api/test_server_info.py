@@ -38,6 +38,18 @@ async def test_metrics_version_root(backend: FakeBackend) -> None:
         assert "/v1/chat/completions" in (await client.get("/")).json()["endpoints"]
 
 
+@pytest.mark.parametrize(
+    ("stated", "allowed"),
+    [("1", 0.85), ("10", 4.0), ("0.2", 0.1), ("inf", 4.0), ("nan", 4.0), ("-1", 4.0), ("x", 4.0), (None, 4.0)],
+)
+async def test_a_scrape_is_answered_before_the_scraper_gives_up(
+    backend: FakeBackend, client: httpx.AsyncClient, stated: str | None, allowed: float
+) -> None:
+    headers = {} if stated is None else {"X-Prometheus-Scrape-Timeout-Seconds": stated}
+    await client.get("/metrics", headers=headers)
+    assert backend.scrape_timeouts == [pytest.approx(allowed)]
+
+
 async def test_request_ids(client: httpx.AsyncClient) -> None:
     first = await client.post("/v1/chat/completions", json=chat(), headers={"x-request-id": "mine-1"})
     second = await client.post("/v1/chat/completions", json=chat(), headers={"x-request-id": "mine-1"})

@@ -92,6 +92,6 @@ class Backend(TokenSource, Protocol):
         """None when every model has a live replica, else a sentence saying what is missing."""
         ...
 
-    async def metrics(self) -> bytes:
-        """The whole service's metrics in Prometheus text format."""
+    async def metrics(self, timeout_s: float) -> bytes:
+        """The whole service's metrics in Prometheus text format, of what answers within ``timeout_s``."""
         ...

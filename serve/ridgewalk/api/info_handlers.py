@@ -11,6 +11,12 @@ from ridgewalk.api.errors import ApiError
 from ridgewalk.api.http import json_response
 from ridgewalk.api.service import Service
 
+SCRAPE_TIMEOUT_S = 4.0
+"""What a scrape may take when the scraper does not say how long it waits."""
+
+SCRAPE_MARGIN_S = 0.15
+"""Of the time that a scraper waits, for the way back: an answer without one hung replica beats none."""
+
 PROMETHEUS_TEXT = "text/plain; version=0.0.4; charset=utf-8"
 
 
@@ -49,9 +55,10 @@ class InfoHandlers:
     async def metrics(self, request: Request) -> Response:
         """``GET /metrics`` of the whole service."""
         try:
-            return Response(await self._service.backend.metrics(), headers={"content-type": PROMETHEUS_TEXT})
+            text = await self._service.backend.metrics(_scrape_timeout(request))
         except BackendError as error:
             raise ApiError.of_backend(error) from error
+        return Response(text, headers={"content-type": PROMETHEUS_TEXT})
 
     async def version(self, request: Request) -> Response:
         """``GET /version``."""
@@ -63,6 +70,15 @@ class InfoHandlers:
         paths += ["/health", "/metrics", "/version"]
         body = {"name": "ridgewalk", "version": self._service.version, "endpoints": paths}
         return json_response(msgspec.json.encode(body))
+
+
+def _scrape_timeout(request: Request) -> float:
+    """Seconds that the service may take to answer; Prometheus says in a header when it gives up."""
+    try:
+        stated = float(request.headers.get("x-prometheus-scrape-timeout-seconds", ""))
+    except ValueError:
+        return SCRAPE_TIMEOUT_S
+    return min(max(stated - SCRAPE_MARGIN_S, stated / 2), SCRAPE_TIMEOUT_S) if stated > 0 else SCRAPE_TIMEOUT_S
 
 
 def _card(model: ServedModel) -> ModelCard:

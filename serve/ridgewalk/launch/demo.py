@@ -36,16 +36,7 @@ def run_demo(num_questions: int, num_blocks: int, console: Console) -> bool:
         num_blocks: KV blocks of each attention group.
         console: to print on.
     """
-    config = ServeConfig.model_validate(
-        {
-            "host": "127.0.0.1",
-            "port": free_port("127.0.0.1"),
-            "models": [
-                {"model": model, "placements": [{**placement, "num_blocks": num_blocks}]}
-                for model, placement in PLACEMENTS.items()
-            ],
-        }
-    )
+    config = demo_config(num_blocks)
     try:
         with running_service(config, console) as url:
             load = asyncio.run(_ask(url, num_questions, console))
@@ -59,6 +50,20 @@ def run_demo(num_questions: int, num_blocks: int, console: Console) -> bool:
         console.print(f"[red]failed:[/] {failure}", highlight=False)
     return not failures and all(
         result.num_right >= NEEDED_SHARE * result.num_questions for result in load.models.values()
+    )
+
+
+def demo_config(num_blocks: int) -> ServeConfig:
+    """Both models on a free port, with so many KV blocks in each attention group."""
+    return ServeConfig.model_validate(
+        {
+            "host": "127.0.0.1",
+            "port": free_port("127.0.0.1"),
+            "models": [
+                {"model": model, "placements": [{**placement, "num_blocks": num_blocks}]}
+                for model, placement in PLACEMENTS.items()
+            ],
+        }
     )
 
 

@@ -8,7 +8,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING
 
 import httpx
@@ -18,6 +18,7 @@ from ridgewalk.config import ConfigError, ServeConfig
 from ridgewalk.launch import joined_ray, local_ray
 from ridgewalk.launch.deployment import ServiceError, deploy, end_replies, start_serve
 from ridgewalk.launch.haproxy import SERVE_HOST
+from ridgewalk.launch.prometheus import find_prometheus, running_prometheus
 from ridgewalk.launch.stopping import Stopped, StopSignals, wait_for_stop
 from ridgewalk.load.scrape import Scrape
 from ridgewalk.replica.engine_config import describe_expert_balance, describe_mesh
@@ -33,16 +34,21 @@ END_TIMEOUT_S = 1.0
 """What the others then get to hear that they must end, and again for their clients to be told."""
 
 
-def run_service(config: ServeConfig, console: Console) -> None:
+def run_service(config: ServeConfig, console: Console, with_prometheus: bool = False) -> None:
     """Serve until SIGINT or SIGTERM, then leave no process behind.
 
     Raises:
         ConfigError: nothing of the service has started (though a Ray cluster may have been joined, and left again).
+            Also if a Prometheus is wanted and none installed.
         ServiceError: the cluster cannot be joined, or the replicas failed to start.
     """
     try:
-        with running_service(config, console) as url:
+        program = find_prometheus() if with_prometheus else None
+        with running_service(config, console) as url, ExitStack() as beside:
+            prometheus = beside.enter_context(running_prometheus(program, url, console)) if program else None
             _announce(url, config, console)
+            if prometheus:
+                console.print(f"Prometheus, until then, at {prometheus}", highlight=False)
             wait_for_stop()
     except Stopped:
         console.print("stopped")

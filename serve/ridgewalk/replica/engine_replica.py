@@ -13,6 +13,7 @@ from ray.util import get_current_placement_group
 
 from ridgewalk.logs import configure_logging
 from ridgewalk.metrics.engine_metrics import EngineMetrics
+from ridgewalk.metrics.utilization import HardwarePeaks
 from ridgewalk.placement.model_spec import ModelSpec
 from ridgewalk.replica.engine_config import EngineConfig, describe_expert_balance, describe_mesh
 from ridgewalk.replica.engine_loop import EngineLoop
@@ -45,7 +46,8 @@ class EngineReplica:
             config.model_name, config.placement, describe_mesh(config), plan.num_blocks, plan.block_size,
             plan.kv_tokens, plan.weight_bytes / 2**20, describe_expert_balance(config),
         )  # fmt: skip
-        self._metrics = EngineMetrics(config, str(context.rank.rank), spec, keeps_fp8=plan.keeps_fp8)
+        peaks = HardwarePeaks(config.peak_flops_per_rank, config.peak_bandwidth_per_rank)
+        self._metrics = EngineMetrics(config, str(context.rank.rank), spec, peaks, keeps_fp8=plan.keeps_fp8)
         self._loop = EngineLoop(
             config.scheduler_config(executor.num_blocks),
             executor,

@@ -28,7 +28,8 @@ logger = logging.getLogger(__name__)
 
 MAINTAIN_EVERY_S = 0.2
 HEARTBEAT_EVERY = 5  # times MAINTAIN_EVERY_S
-METRICS_TIMEOUT_S = 2.0
+REPLICAS_SHARE = 0.75
+"""Of the time for a scrape: the replicas tell which other ingresses there are, and these are asked in the rest."""
 
 Handles = Mapping[str, Mapping[str, DeploymentHandle]]
 """Of every engine deployment, by model name and placement."""
@@ -91,9 +92,10 @@ class ServiceBackend:
             return None
         return f"No replica of {', '.join(missing)} is ready yet."
 
-    async def metrics(self) -> bytes:
+    async def metrics(self, timeout_s: float) -> bytes:
+        first_s, then_s = REPLICAS_SHARE * timeout_s, (1 - REPLICAS_SHARE) * timeout_s
         asked = [
-            (name, placement, asyncio.create_task(_ask_replica(pool.handle(placement), replica_id)))
+            (name, placement, asyncio.create_task(_ask_replica(pool.handle(placement), replica_id, first_s)))
             for name, pool in self._pools.items()
             for placement, replica_id in pool.replicas()
         ]
@@ -109,7 +111,7 @@ class ServiceBackend:
                 snapshots.append(decode(answer.snapshot))
                 peers.update({peer.ingress_id: peer for peer in answer.ingresses})
         peers.pop(self._introduction.ingress_id, None)
-        answers = await asyncio.gather(*(ask_peer(peer, METRICS_TIMEOUT_S) for peer in peers.values()))
+        answers = await asyncio.gather(*(ask_peer(peer, then_s) for peer in peers.values()))
         snapshots += [decode(answer) for answer in answers if answer is not None]
         # While replicas are exchanged, old and new ones answer: none is missing then.
         return merge(snapshots, {key: max(0, count) for key, count in missing.items()}, answers.count(None))
@@ -135,12 +137,12 @@ class ServiceBackend:
             await asyncio.sleep(MAINTAIN_EVERY_S)
 
 
-async def _ask_replica(handle: DeploymentHandle, replica_id: str) -> ReplicaMetrics | None:
+async def _ask_replica(handle: DeploymentHandle, replica_id: str, timeout_s: float) -> ReplicaMetrics | None:
     async def ask() -> bytes | None:
         return await handle.metrics.remote(replica_id=replica_id)
 
     try:
-        answer = await asyncio.wait_for(ask(), METRICS_TIMEOUT_S)
+        answer = await asyncio.wait_for(ask(), timeout_s)
     except (asyncio.TimeoutError, ray.exceptions.RayError, RayServeException):
         return None
     return None if answer is None else msgspec.msgpack.decode(answer, type=ReplicaMetrics)
