@@ -10,11 +10,13 @@ from rich.console import Console
 from rich.markup import escape
 
 from ridgewalk import __version__
+from ridgewalk.bench.command import bench
 from ridgewalk.config import ConfigError, ModelConfig, PlacementConfig, ServeConfig, load_config, parse_config
 from ridgewalk.flags import in_flags
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
 ENGINE, PLACEMENT, SERVICE = "Engine", "Placement", "Service"
+app.command()(bench)
 _FIELDS = {"api_key": "api_keys", "served_model_name": "name"}  # of flags that are called otherwise
 
 
@@ -100,8 +102,6 @@ def serve(
         int | None,
         typer.Option(rich_help_panel=PLACEMENT, help="CPU threads of a rank. Default: the cores over the ranks."),
     ] = None,
-    dtype: Annotated[str, typer.Option(rich_help_panel=ENGINE, help="auto, bfloat16, float16 or float32.")] = "auto",
-    max_model_len: Annotated[
     peak_flops_per_rank: Annotated[
         float | None,
         typer.Option(rich_help_panel=PLACEMENT, help="FLOP/s that a rank's device can do: exports FLOPs utilization."),
@@ -113,6 +113,8 @@ def serve(
             help="Bytes/s of a rank's memory, e.g. 3.35TB: exports bandwidth utilization.",
         ),
     ] = None,
+    dtype: Annotated[str, typer.Option(rich_help_panel=ENGINE, help="auto, bfloat16, float16 or float32.")] = "auto",
+    max_model_len: Annotated[
         int | None, typer.Option(rich_help_panel=ENGINE, help="Prompt + output tokens of a request.")
     ] = None,
     max_num_seqs: Annotated[
@@ -147,12 +149,12 @@ def serve(
     app_name: Annotated[
         str, typer.Option(rich_help_panel=SERVICE, help="Of the Serve application, on a cluster that has others.")
     ] = "ridgewalk",
-) -> None:
-    """Serve MODEL (or a configuration file) with an OpenAI-compatible API until Ctrl-C."""
     with_prometheus: Annotated[
         bool,
         typer.Option("--with-prometheus", rich_help_panel=SERVICE, help="Run a Prometheus beside it, with our rules."),
     ] = False,
+) -> None:
+    """Serve MODEL (or a configuration file) with an OpenAI-compatible API until Ctrl-C."""
     from ridgewalk.launch.deployment import ServiceError
 
     try:
@@ -186,9 +188,9 @@ def _service_config(context: typer.Context) -> ServeConfig:
     """The configuration that the flags of ``serve`` describe, or its file with the service's own flags before it."""
     values = dict(context.params)
     model, path = values.pop("model"), values.pop("config")
+    values.pop("with_prometheus")  # of this command, not of the service
     if (model is None) == (path is None):
         raise ConfigError("name either a MODEL or a configuration file (-c FILE)")
-    values.pop("with_prometheus")  # of this command, not of the service
     values["api_keys"] = values.pop("api_key") or []
     if not values["api_keys"] and _is_given(context, "api_key"):
         raise ConfigError("RIDGEWALK_API_KEY is blank; write a key into it, or unset it for a service open to all")

@@ -32,6 +32,22 @@ class Scrape:
         wanted = set(labels.items())
         return sum(value for (key, found), value in self.samples.items() if key == name and wanted <= found)
 
+    def get(self, name: str, **labels: str) -> float | None:
+        """The largest value of a series over every label not named; None when there is none."""
+        wanted = set(labels.items())
+        return max(
+            (value for (key, found), value in self.samples.items() if key == name and wanted <= found), default=None
+        )
+
+    def labels_of(self, name: str, **labels: str) -> list[dict[str, str]]:
+        """The labels of each series of this name that has those named."""
+        wanted = set(labels.items())
+        return [dict(found) for key, found in self.samples if key == name and wanted <= found]
+
+    def values_of(self, name: str, label: str, **labels: str) -> set[str]:
+        """The values that a label has in the series of this name."""
+        return {found[label] for found in self.labels_of(name, **labels) if label in found}
+
     def since(self, before: Scrape) -> Scrape:
         """What the counters (and histograms) have grown by; gauges lose their meaning."""
         return Scrape({key: value - before.samples.get(key, 0.0) for key, value in self.samples.items()})

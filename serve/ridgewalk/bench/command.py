@@ -1,0 +1,163 @@
+"""`ridgewalk bench` on the command line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from ridgewalk.bench.profiles import PROFILES
+from ridgewalk.config import ConfigError
+
+LOAD, SERVER, OUTPUT = "Load", "Server", "Report and tools"
+
+
+def bench(
+    profile: Annotated[
+        str | None,
+        typer.Option("--profile", "-p", rich_help_panel=LOAD, help=f"{', '.join(PROFILES)}. Default: reasoning."),
+    ] = None,
+    trace: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(rich_help_panel=LOAD, help="JSON lines with input_length, output_length, timestamp (ms) or none."),
+    ] = None,
+    scale: Annotated[float, typer.Option(rich_help_panel=LOAD, help="Multiplies every length, e.g. 0.05.")] = 1.0,
+    concurrency: Annotated[
+        str | None, typer.Option(rich_help_panel=LOAD, help="Closed loop; several (4,16,64) make a sweep.")
+    ] = None,
+    rate: Annotated[
+        float | None, typer.Option(rich_help_panel=LOAD, help="Open loop: requests per second, Poisson arrivals.")
+    ] = None,
+    requests: Annotated[
+        int | None, typer.Option(rich_help_panel=LOAD, help="Requests at each load. Default: 100, or the whole trace.")
+    ] = None,
+    seed: Annotated[int, typer.Option(rich_help_panel=LOAD, help="The same seed asks the very same.")] = 0,
+    force_lengths: Annotated[
+        bool,
+        typer.Option(
+            "--force-lengths/--no-force-lengths",
+            rich_help_panel=LOAD,
+            help="Send ignore_eos, so that outputs are as long as asked; servers that refuse it need the other.",
+        ),
+    ] = True,
+    slo_ttft: Annotated[
+        str | None, typer.Option(rich_help_panel=LOAD, help="Time to first token of a good request, e.g. 500ms or 2s.")
+    ] = None,
+    slo_itl: Annotated[
+        str | None, typer.Option(rich_help_panel=LOAD, help="Its mean inter-token latency, e.g. 50ms.")
+    ] = None,
+    slo_e2e: Annotated[str | None, typer.Option(rich_help_panel=LOAD, help="From end to end, e.g. 60s.")] = None,
+    url: Annotated[
+        str, typer.Option(rich_help_panel=SERVER, help="Any server with OpenAI's chat completions.")
+    ] = "http://127.0.0.1:8000",
+    model: Annotated[
+        str | None, typer.Option(rich_help_panel=SERVER, help="Default: the only one that the server has.")
+    ] = None,
+    api_key: Annotated[
+        str | None, typer.Option(envvar="RIDGEWALK_API_KEY", rich_help_panel=SERVER, help="For the server.")
+    ] = None,
+    tokenizer: Annotated[
+        str | None,
+        typer.Option(
+            rich_help_panel=SERVER, help="Counts prompts: a folder, zoo name or hub id. Default: the model's name."
+        ),
+    ] = None,
+    out: Annotated[Path, typer.Option(rich_help_panel=OUTPUT, help="Folder of report.html and report.json.")] = Path(
+        "bench-report"
+    ),
+    compare: Annotated[
+        Optional[tuple[Path, Path]],  # noqa: UP045
+        typer.Option(
+            metavar="A.json B.json", rich_help_panel=OUTPUT, help="Draw two runs side by side; sends nothing."
+        ),
+    ] = None,
+    aiperf: Annotated[
+        str | None, typer.Option(rich_help_panel=OUTPUT, help="An aiperf that you have; else one is installed.")
+    ] = None,
+    aiperf_env: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(rich_help_panel=OUTPUT, help="Where it is installed. Default: a cache in your home folder."),
+    ] = None,
+) -> None:
+    """Load-test an OpenAI endpoint, and join what clients saw with what the service measured."""
+    console = Console(soft_wrap=True)
+    _need_matplotlib()
+    if compare is not None:
+        _compare(*compare, out, console)
+        return
+    from ridgewalk.bench.aiperf import AiperfFailed
+    from ridgewalk.bench.bench_run import run_bench
+    from ridgewalk.bench.endpoint import find_endpoint
+    from ridgewalk.bench.environment import SetupError, ensure_aiperf, named_aiperf
+    from ridgewalk.bench.options import check_enough, choose_work, parse_loads, parse_slo
+    from ridgewalk.bench.page import report_page
+    from ridgewalk.bench.report import write_report
+    from ridgewalk.bench.tokenizer_source import load_tokenizer
+    from ridgewalk.bench.workload import check_context
+    from ridgewalk.launch.stopping import Stopped, StopSignals
+
+    slo = parse_slo(slo_ttft, slo_itl, slo_e2e)
+    work = choose_work(profile, trace, requests, scale, seed, force_lengths)
+    loads = parse_loads(concurrency, rate, has_times=work.requests[0].timestamp_ms is not None)
+    check_enough(work, loads)
+    program = named_aiperf(aiperf) if aiperf is not None else None
+    folder = _output_folder(out)
+    endpoint = find_endpoint(url, model, api_key)
+    check_context(work.requests, endpoint.max_model_len, scale)
+    prompts = load_tokenizer(tokenizer, endpoint.model)
+    try:
+        with StopSignals():
+            if program is None:
+                with console.status("aiperf") as status:
+                    program = ensure_aiperf(aiperf_env, lambda line: status.update(f"aiperf, once: {escape(line)}"))
+            console.print(_about(endpoint.model, endpoint.url, endpoint.placement, work.name, len(work.requests)))
+            report = run_bench(endpoint, prompts, work, loads, slo, program, console)
+    except Stopped:
+        console.print("stopped; nothing was written")
+        raise typer.Exit(130) from None
+    except (AiperfFailed, SetupError) as error:
+        Console(stderr=True, soft_wrap=True).print(f"[red]error:[/] {escape(str(error))}", highlight=False)
+        raise typer.Exit(1) from None
+    write_report(report, folder / "report.json")
+    (folder / "report.html").write_text(report_page(report), encoding="utf-8")
+    for sentence in report.findings:
+        console.print(escape(sentence), highlight=False)
+    console.print(f"\n[bold]{escape(str(folder / 'report.html'))}[/]", highlight=False)
+
+
+def _compare(first: Path, second: Path, out: Path, console: Console) -> None:
+    from ridgewalk.bench.page import compare_findings, compare_page
+    from ridgewalk.bench.report import read_report
+
+    reports = read_report(first), read_report(second)
+    page = compare_page(*reports, (str(first), str(second)))
+    path = _output_folder(out) / "compare.html"
+    path.write_text(page, encoding="utf-8")
+    for sentence in compare_findings(*reports):
+        console.print(escape(sentence), highlight=False)
+    console.print(f"\n[bold]{escape(str(path))}[/]", highlight=False)
+
+
+def _about(model: str, url: str, placement: str | None, work: str, count: int) -> str:
+    where = f"{model} ({placement})" if placement else model
+    return f"[bold]{escape(where)}[/] at {escape(url)}: {escape(work)}, {count} requests at each load"
+
+
+def _need_matplotlib() -> None:
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        raise ConfigError(
+            "bench draws with matplotlib, which is not installed: pip install 'ridgewalk[bench]'"
+        ) from None
+
+
+def _output_folder(out: Path) -> Path:
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"--out: {out} cannot be made: {error.strerror}") from None
+    return out

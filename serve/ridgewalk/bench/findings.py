@@ -1,0 +1,152 @@
+"""A report in words."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ridgewalk.bench.figures import count, milliseconds, percent
+from ridgewalk.bench.report import Client, Point, Service
+
+THROTTLED_SHARE = 0.1
+"""A point is over the capacity cliff from so much time throttled on, or from the first preemption."""
+
+
+def is_over_cliff(point: Point) -> bool:
+    """KV capacity limits this load."""
+    service = point.service
+    return service is not None and (service.num_preemptions > 0 or service.throttled_share >= THROTTLED_SHARE)
+
+
+def find_cliff(points: Sequence[Point]) -> int | None:
+    """Index of the first point over the capacity cliff, in the order of load; None when all are on the safe side."""
+    return next((index for index, point in enumerate(points) if is_over_cliff(point)), None)
+
+
+def findings(points: Sequence[Point]) -> list[str]:
+    """Sentences about a run, the most important first. ``points`` in the order of load."""
+    said = _about_sweep(points) if len(points) > 1 else _about_point(points[0])
+    if all(point.service is None for point in points):
+        said.append("The server exports no Ridgewalk metrics for this time: the report has the clients' figures only.")
+    for point in points:
+        said += _warnings(point, f" at {point.label}" if len(points) > 1 else "")
+    return said
+
+
+def _about_point(point: Point) -> list[str]:
+    said = [] if point.service is None else [_kv(point.service), *_synchronization(point.service)]
+    client = point.client
+    if client.good_share is not None and client.good_requests_per_s is not None:
+        said.append(
+            f"{percent(client.good_share)} of the requests kept the SLO: a goodput of "
+            f"{count(client.good_requests_per_s)} requests/s."
+        )
+    said.append(f"{_rate(client)}, first token after {_ttft(client)} (p99).")
+    return said
+
+
+def _about_sweep(points: Sequence[Point]) -> list[str]:
+    said = []
+    cliff = find_cliff(points)
+    best = max(points, key=lambda point: point.client.output_tokens_per_s)
+    if cliff is not None:
+        point = points[cliff]
+        where = f"is passed already at {point.label}" if cliff == 0 else (
+            f"lies between {points[cliff - 1].label} and {_number(point)}"
+        )  # fmt: skip
+        said.append(f"The capacity cliff {where}. {_kv_at(point)}")
+        last = points[-1]
+        if last is not point:
+            said.append(_kv_at(last))
+        if cliff > 0:
+            said.append(_price(points[cliff - 1], last))
+    elif any(point.service is not None for point in points):
+        highest = max((point.service.kv_usage_max or 0.0 for point in points if point.service is not None), default=0.0)
+        said.append(f"No load reached the capacity cliff: at most {percent(highest)} of a KV cache was used.")
+    said.append(f"The highest throughput, {_rate(best.client)}, was at {best.label}.")
+    if best.client.good_requests_per_s is not None:
+        good = max(points, key=lambda point: point.client.good_requests_per_s or 0.0)
+        said.append(
+            f"The highest goodput, {count(good.client.good_requests_per_s or 0.0)} requests/s, was at {good.label}: "
+            f"{percent(good.client.good_share or 0.0)} of the requests kept the SLO."
+        )
+    return said
+
+
+def _kv(service: Service) -> str:
+    full = service.kv_full_share or 0.0
+    if not service.num_preemptions and not full:
+        return (
+            f"KV cache was never full: at most {percent(service.kv_usage_max or 0.0)} of a replica's blocks were used, "
+            "nothing was preempted."
+        )
+    if not service.num_preemptions:
+        return (
+            f"KV cache was full for {percent(full)} of the run, nothing was preempted; work waited for KV "
+            f"{percent(service.throttled_share)} of the time."
+        )
+    return (
+        f"KV cache was full for {percent(full)} of the run; {count(service.num_preemptions)} preemptions recomputed "
+        f"{percent(service.recompute_tax or 0.0)} of the tokens."
+    )
+
+
+def _kv_at(point: Point) -> str:
+    if point.service is None:
+        return ""
+    sentence = _kv(point.service)
+    return f"At {point.label} the {sentence}"
+
+
+def _price(before: Point, after: Point) -> str:
+    """What the way over the cliff costs: throughput and time to first token."""
+    gained = after.client.output_tokens_per_s / before.client.output_tokens_per_s
+    sentence = (
+        f"From {before.label} to {_number(after)} throughput went from {_rate(before.client)} to {_rate(after.client)} "
+        f"({gained:.2g} times)"
+    )
+    if before.client.ttft_ms is not None and after.client.ttft_ms is not None and before.client.ttft_ms.p99:
+        slower = after.client.ttft_ms.p99 / before.client.ttft_ms.p99
+        sentence += f", the wait for the first token (p99) from {_ttft(before.client)} to {_ttft(after.client)} "
+        sentence += f"({slower:.2g} times)"
+    return sentence + "."
+
+
+def _synchronization(service: Service) -> list[str]:
+    if not service.collective_share:
+        return []
+    return [
+        f"Ranks spent {percent(service.collective_share)} of their step time in collectives, "
+        f"{percent(service.collective_wait_share or 0.0)} waiting for the rank that came last."
+    ]
+
+
+def _warnings(point: Point, where: str) -> list[str]:
+    client, said = point.client, []
+    if client.num_failed:
+        most = max(client.errors, key=client.errors.__getitem__, default="")
+        said.append(f"{client.num_failed} requests failed{where}, most with: {most}")
+    if client.num_wrong_length:
+        said.append(
+            f"{client.num_wrong_length} outputs{where} had another length than asked: the load was not the one stated."
+        )
+    service = point.service
+    if service is not None and (service.prefix_cache_hit_rate or 0.0) > 0.2:
+        said.append(
+            f"{percent(service.prefix_cache_hit_rate or 0.0)} of the prompt tokens came from the prefix cache{where}: "
+            "were the same prompts asked before? Another --seed asks new ones."
+        )
+    if service is not None and service.num_scrapes_failed:
+        said.append(f"{service.num_scrapes_failed} scrapes of /metrics got no answer{where}.")
+    return said
+
+
+def _rate(client: Client) -> str:
+    return f"{client.output_tokens_per_s:,.0f} tokens/s"
+
+
+def _ttft(client: Client) -> str:
+    return "unknown" if client.ttft_ms is None else milliseconds(client.ttft_ms.p99)
+
+
+def _number(point: Point) -> str:
+    return str(point.concurrency) if point.concurrency is not None else point.label

@@ -1,0 +1,266 @@
+"""The service's side: scrapes of `/metrics` about once a second, and what they say about the window of a load."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from types import TracebackType
+
+import httpx
+
+from ridgewalk.bench.report import Replica, Series, Service
+from ridgewalk.bench.statistics import mean, ratio, rounded
+from ridgewalk.load.scrape import Scrape
+from ridgewalk.metrics import catalogue as names
+
+FULL = 0.95
+"""A replica's KV cache counts as full from this share of its blocks: the rest is less than what running sequences need
+to grow."""
+
+SAMPLE_EVERY_S = 1.0
+MOST_SAMPLES = 600  # of the series in a report; longer runs are thinned out
+_TIMEOUT_S = 5.0
+
+
+@dataclass(frozen=True)
+class TimedScrape:
+    """A scrape, and when it was asked for by the wall clock."""
+
+    time: float
+    scrape: Scrape
+
+
+class ServiceSampler:
+    """While entered, scrapes a service: at once, every second, and a last time at the end."""
+
+    def __init__(self, url: str, headers: dict[str, str]) -> None:
+        self.samples: list[TimedScrape] = []
+        self.num_failed = 0
+        self._url, self._headers = url, headers
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="metrics", daemon=True)
+
+    def __enter__(self) -> ServiceSampler:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._ended.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        with httpx.Client(timeout=_TIMEOUT_S, headers=self._headers) as client:
+            while not self._ended.is_set():
+                self._scrape(client)
+                self._ended.wait(SAMPLE_EVERY_S)
+            self._scrape(client)
+
+    def _scrape(self, client: httpx.Client) -> None:
+        asked = time.time()
+        try:
+            reply = client.get(f"{self._url}/metrics")
+            reply.raise_for_status()
+            self.samples.append(TimedScrape(asked, _without_buckets(Scrape.parse(reply.text))))
+        except (httpx.HTTPError, ValueError):
+            self.num_failed += 1
+
+
+def _without_buckets(scrape: Scrape) -> Scrape:
+    """Nothing here reads buckets, and they are most of a scrape."""
+    return Scrape({key: value for key, value in scrape.samples.items() if not key[0].endswith("_bucket")})
+
+
+def service_figures(
+    samples: Sequence[TimedScrape], start: float, end: float, model: str, num_failed: int = 0
+) -> Service | None:
+    """What the service measured from ``start`` to ``end``.
+
+    Counters are taken between the last scrape before the window and the first after it: the service is idle outside of
+    the window, so that they have grown by the load alone. Gauges are taken of the scrapes within.
+
+    Args:
+        samples: in the order of time.
+        start: when the first request was sent, by the clock of ``samples``.
+        end: when the last reply ended.
+        model: the one under load; others of the service do not count.
+        num_failed: scrapes that got no answer.
+
+    Returns:
+        None when no scrape came before the window or none after it.
+    """
+    before = [sample for sample in samples if sample.time <= start]
+    after = [sample for sample in samples if sample.time >= end]
+    if not before or not after:
+        return None
+    inside = [sample for sample in samples if start < sample.time < end]
+    growth = _Growth(before[-1], after[0], model)
+    gauges = _Gauges(inside, model)
+    replicas = _replicas(growth, gauges, after[0].scrape, model)
+    step, ranks = growth.total(names.STEP_SECONDS, "_sum"), growth.num_ranks
+    preemptions, recomputed = growth.total(names.NUM_PREEMPTIONS), growth.total(names.RECOMPUTED_TOKENS)
+    throttled, generated = growth.total(names.KV_THROTTLED_SECONDS), growth.total(names.GENERATION_TOKENS)
+    ended = growth.total(names.SEQUENCES_ENDED)
+    prompt, hits = growth.total(names.PROMPT_TOKENS), growth.total(names.PREFIX_CACHE_HITS)
+    wait = ratio(growth.total(names.COLLECTIVE_SECONDS, "_sum", phase="wait"), step)
+    transfer = ratio(growth.total(names.COLLECTIVE_SECONDS, "_sum", phase="transfer"), step)
+    has_stages = any(value != "1" for value in after[0].scrape.values_of(
+        names.PLACEMENT_INFO.name, "pipeline_parallel_size", model_name=model))  # fmt: skip
+    return Service(
+        window_s=rounded(growth.seconds),
+        num_samples=len(inside),
+        num_scrapes_failed=num_failed,
+        replicas=replicas,
+        num_ranks=ranks,
+        kv_usage_mean=_maybe(mean([value for row in gauges.rows(names.KV_CACHE_USAGE) for value in row])),
+        kv_usage_max=_maybe(max((value for row in gauges.rows(names.KV_CACHE_USAGE) for value in row), default=None)),
+        kv_full_share=_maybe(mean([float(max(row) >= FULL) for row in gauges.rows(names.KV_CACHE_USAGE) if row])),
+        internal_fragmentation=_maybe(mean(gauges.fragmentation())),
+        stranded_max=_maybe(max(gauges.known(names.KV_STRANDED), default=None)),
+        weight_replication_bytes=after[0].scrape.get(names.KV_WEIGHT_REPLICATION.name, model_name=model),
+        num_preemptions=preemptions,
+        preemptions_per_request=_maybe(ratio(preemptions, ended)),
+        recomputed_tokens=recomputed,
+        recompute_tax=_maybe(ratio(recomputed, recomputed + prompt + generated - hits)),
+        throttled_s=rounded(throttled),
+        throttled_share=rounded(min(1.0, throttled / (end - start) / max(1, len(replicas)))),
+        capacity_trap_share=_maybe(mean(gauges.known(names.CAPACITY_TRAP))),
+        running_mean=_maybe(mean([sum(row) for row in gauges.rows(names.NUM_REQUESTS_RUNNING)])),
+        waiting_mean=_maybe(mean([sum(row) for row in gauges.rows(names.NUM_REQUESTS_WAITING)])),
+        queue_time_mean_s=growth.mean(names.REQUEST_QUEUE_TIME),
+        prefix_cache_hit_rate=_maybe(ratio(hits, growth.total(names.PREFIX_CACHE_QUERIES))),
+        generation_tokens=generated,
+        tokens_per_step=_maybe(ratio(generated, growth.total(names.ENGINE_STEPS))),
+        ttft_mean_ms=_times(growth.mean(names.TIME_TO_FIRST_TOKEN), 1e3),
+        itl_mean_ms=_times(growth.mean(names.INTER_TOKEN_LATENCY), 1e3),
+        collective_share=None if wait is None or transfer is None else rounded(wait + transfer),
+        collective_wait_share=_maybe(wait),
+        collective_transfer_share=_maybe(transfer),
+        step_share=growth.step_shares(step),
+        bubble_share=_maybe(ratio(growth.total(names.PIPELINE_BUBBLE), (end - start) * ranks)) if has_stages else None,
+        expert_imbalance_max=_maybe(max(gauges.known(names.EXPERT_LOAD_IMBALANCE, scope="worst"), default=None)),
+        series=_series([before[-1], *inside, after[0]], gauges.replicas, start, model),
+    )
+
+
+class _Growth:
+    """What the counters of one model grew by."""
+
+    def __init__(self, before: TimedScrape, after: TimedScrape, model: str) -> None:
+        self.seconds = after.time - before.time
+        self._scrape, self._model = after.scrape.since(before.scrape), model
+        ranks = {
+            (labels["placement"], labels["replica"], labels["rank"])
+            for labels in after.scrape.labels_of(f"{names.STEP_SECONDS.name}_sum", model_name=model)
+        }
+        self.num_ranks = len(ranks)
+
+    def total(self, spec: names.MetricSpec, suffix: str = "", **labels: str) -> float:
+        return self._scrape.total(spec.name + suffix, model_name=self._model, **labels)
+
+    def mean(self, spec: names.MetricSpec) -> float | None:
+        return _maybe(self._scrape.mean(spec.name, model_name=self._model))
+
+    def step_shares(self, step: float) -> dict[str, float]:
+        phases = self._scrape.values_of(f"{names.STEP_SECONDS.name}_sum", "phase", model_name=self._model)
+        return {phase: rounded(self.total(names.STEP_SECONDS, "_sum", phase=phase) / step) for phase in sorted(phases)
+                if step}  # fmt: skip
+
+
+class _Gauges:
+    """The gauges of one model in a row of scrapes."""
+
+    def __init__(self, samples: Sequence[TimedScrape], model: str) -> None:
+        self._samples, self._model = samples, model
+        found = {
+            (labels["placement"], labels["replica"])
+            for sample in samples
+            for labels in sample.scrape.labels_of(names.KV_CACHE_USAGE.name, model_name=model)
+        }
+        self.replicas = sorted(found, key=lambda key: (key[0], len(key[1]), key[1]))
+
+    def of(self, spec: names.MetricSpec, placement: str, replica: str) -> list[float]:
+        return [
+            sample.scrape.total(spec.name, model_name=self._model, placement=placement, replica=replica)
+            for sample in self._samples
+        ]
+
+    def rows(self, spec: names.MetricSpec) -> list[list[float]]:
+        """By scrape, then by replica."""
+        return [list(row) for row in zip(*(self.of(spec, *key) for key in self.replicas), strict=True)]
+
+    def known(self, spec: names.MetricSpec, **labels: str) -> list[float]:
+        """The largest value of each scrape that has one."""
+        values = (sample.scrape.get(spec.name, model_name=self._model, **labels) for sample in self._samples)
+        return [value for value in values if value is not None]
+
+    def fragmentation(self) -> list[float]:
+        return [
+            fragmentation
+            for key in self.replicas
+            for fragmentation, running in zip(
+                self.of(names.KV_INTERNAL_FRAGMENTATION, *key), self.of(names.NUM_REQUESTS_RUNNING, *key), strict=True
+            )
+            if running
+        ]
+
+
+def _replicas(growth: _Growth, gauges: _Gauges, last: Scrape, model: str) -> list[Replica]:
+    replicas = []
+    for placement, replica in gauges.replicas:
+        labels = {"placement": placement, "replica": replica}
+        usage = gauges.of(names.KV_CACHE_USAGE, placement, replica)
+        replicas.append(
+            Replica(
+                name=f"{placement}/{replica}",
+                kv_usage_mean=rounded(mean(usage) or 0.0),
+                kv_usage_max=rounded(max(usage, default=0.0)),
+                kv_full_share=rounded(mean([float(value >= FULL) for value in usage]) or 0.0),
+                running_max=max(gauges.of(names.NUM_REQUESTS_RUNNING, placement, replica), default=0.0),
+                waiting_max=max(gauges.of(names.NUM_REQUESTS_WAITING, placement, replica), default=0.0),
+                num_preemptions=growth.total(names.NUM_PREEMPTIONS, **labels),
+                recomputed_tokens=growth.total(names.RECOMPUTED_TOKENS, **labels),
+                throttled_s=rounded(growth.total(names.KV_THROTTLED_SECONDS, **labels)),
+            )
+        )
+    return replicas
+
+
+def _series(samples: Sequence[TimedScrape], replicas: list[tuple[str, str]], start: float, model: str) -> Series:
+    every = -(-len(samples) // MOST_SAMPLES)
+    samples = samples[::every]
+    gauges = _Gauges(samples, model)
+    gauges.replicas = replicas
+
+    def by_replica(spec: names.MetricSpec) -> list[list[float]]:
+        return [[rounded(value) for value in gauges.of(spec, *key)] for key in replicas]
+
+    def counter(spec: names.MetricSpec) -> list[float]:
+        return [sample.scrape.total(spec.name, model_name=model) for sample in samples]
+
+    preemptions, tokens = counter(names.NUM_PREEMPTIONS), counter(names.GENERATION_TOKENS)
+    times = [sample.time - start for sample in samples]
+    rates = [
+        rounded(max(0.0, tokens[i] - tokens[i - 1]) / max(1e-9, times[i] - times[i - 1])) for i in range(1, len(times))
+    ]
+    return Series(
+        time_s=[rounded(time) for time in times],
+        replicas=[f"{placement}/{replica}" for placement, replica in replicas],
+        kv_usage=by_replica(names.KV_CACHE_USAGE),
+        running=by_replica(names.NUM_REQUESTS_RUNNING),
+        waiting=by_replica(names.NUM_REQUESTS_WAITING),
+        preemptions=[value - preemptions[0] for value in preemptions],
+        generation_tokens_per_s=[0.0, *rates],
+        stranded=[_maybe(sample.scrape.get(names.KV_STRANDED.name, model_name=model)) for sample in samples],
+    )
+
+
+def _maybe(value: float | None) -> float | None:
+    return None if value is None else rounded(value)
+
+
+def _times(value: float | None, factor: float) -> float | None:
+    return None if value is None else rounded(value * factor)
