@@ -82,6 +82,38 @@ def test_a_restarted_ingress_resets_only_its_own_series() -> None:
     assert value(text, "request_success_total", ingress="1", finished_reason="stop") == 0
 
 
+def increase(scrapes: list[bytes], name: str, by: tuple[str, ...]) -> float:
+    """As Prometheus computes it: by series, a fall being a reset to zero; summed. ``by``: labels that series keep."""
+    last: dict[tuple[str, ...], float] = {}
+    grown = 0.0
+    for number, text in enumerate(scrapes):
+        now: dict[tuple[str, ...], float] = {}
+        for (sample, labels), amount in samples(text).items():
+            if sample == "ridgewalk_" + name:
+                key = tuple(dict(labels)[label] for label in by)
+                now[key] = now.get(key, 0.0) + amount
+        for key, amount in now.items():
+            before = last.get(key, 0.0)
+            grown += 0 if number == 0 else amount if amount < before else amount - before
+        last = now
+    return grown
+
+
+def test_why_ingress_is_a_label_a_restart_does_not_count_what_others_counted_again() -> None:
+    """100 requests at either ingress; the second restarts; one more request at each. That makes 2, not 102."""
+    first, second = IngressMetrics("0", ["m"]), IngressMetrics("1", ["m"])
+    for metrics in (first, second):
+        for _ in range(100):
+            metrics.on_request("m", "/v1/completions")
+    scrapes = [text_of(first, second)]
+    second = IngressMetrics("1", ["m"])
+    for metrics in (first, second):
+        metrics.on_request("m", "/v1/completions")
+    scrapes.append(text_of(second, first))
+    assert increase(scrapes, "requests_total", ("model_name", "ingress", "endpoint")) == 2
+    assert increase(scrapes, "requests_total", ("model_name", "endpoint")) == 102  # were they summed
+
+
 def test_a_service_mounted_below_a_prefix_has_the_same_endpoints() -> None:
     metrics = IngressMetrics("0")
     metrics.on_request("m", "/llm/v1/completions")
