@@ -4,25 +4,34 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test lint clean
+.PHONY: demo watch test lint dashboards clean
 .DEFAULT_GOAL := demo
 
 demo: $(READY)
 	$(BIN)/ridgewalk demo
 
+# The demo's models under a small load, with a Prometheus beside them, until Ctrl-C.
+watch: $(READY)
+	$(BIN)/ridgewalk watch
+
 test: $(READY)
 	$(BIN)/python -m pytest
 
 lint: $(READY)
-	$(BIN)/ruff check serve tests
-	$(BIN)/ruff format --check serve tests
+	$(BIN)/ruff check serve tests monitoring
+	$(BIN)/ruff format --check serve tests monitoring
 	$(BIN)/mypy
 
+# Grafana's JSON, from its code.
+dashboards: $(READY)
+	$(BIN)/python -m monitoring.grafana.generate
+
+# --no-compile halves the time: most of what is installed is never imported.
 $(READY): pyproject.toml
 	@echo "setting up $(VENV): about a minute"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[test]'
+	$(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check torch==2.13.0
+	$(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check -e '.[test]'
 	touch $(READY)
 
 clean:

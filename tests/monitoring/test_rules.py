@@ -6,27 +6,15 @@ import re
 import shutil
 import subprocess
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
 
-from ridgewalk.metrics.catalogue import CATALOGUE
+from tests.monitoring.queries import readable, rules
 
 FOLDER = Path(__file__).parents[2] / "monitoring" / "prometheus"
 CASES = FOLDER / "tests" / "alerts.test.yml"
-RULES = ("recording.rules.yml", "alerts.rules.yml")
-
 needs_promtool = pytest.mark.skipif(shutil.which("promtool") is None, reason="promtool is not installed")
-
-
-def rules() -> list[dict[str, Any]]:
-    return [
-        rule
-        for name in RULES
-        for group in yaml.safe_load((FOLDER / name).read_text())["groups"]
-        for rule in group["rules"]
-    ]
 
 
 def promtool(*arguments: str) -> None:
@@ -63,12 +51,7 @@ def test_every_alert_says_how_bad_it_is_and_what_to_do() -> None:
 
 
 def test_rules_name_only_what_is_exported_or_recorded() -> None:
-    exported = {
-        name
-        for spec in CATALOGUE
-        for name in (spec.name, *(f"{spec.name}_{part}" for part in ("bucket", "sum", "count")))
-    }
-    recorded = {rule["record"] for rule in rules() if "record" in rule}
+    known = readable()
     for rule in rules():
         for name in re.findall(r"\bridgewalk[:_][\w:]+", rule["expr"]):
-            assert name in exported | recorded, f"{rule.get('alert') or rule['record']} reads {name}"
+            assert name in known, f"{rule.get('alert') or rule['record']} reads {name}"
