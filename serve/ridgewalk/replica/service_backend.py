@@ -55,6 +55,7 @@ class ServiceBackend:
         self._introduction = introduction
         self._peer_server = peer_server
         self._metrics = metrics
+        self._peers: dict[str, Introduction] = {}  # other ingresses that a scrape has heard of
         context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._pools = {
             name: ReplicaPool(
@@ -103,18 +104,21 @@ class ServiceBackend:
             {(name, placement): count for name, counts in self._expected.items() for placement, count in counts.items()}
         )
         snapshots = [decode(self._metrics.snapshot())]
-        peers: dict[str, Introduction] = {}
+        listed: dict[str, Introduction] = {}
         for name, placement, task in asked:
             answer = await task
             if answer is not None:
                 missing[name, placement] -= 1
                 snapshots.append(decode(answer.snapshot))
-                peers.update({peer.ingress_id: peer for peer in answer.ingresses})
-        peers.pop(self._introduction.ingress_id, None)
-        answers = await asyncio.gather(*(ask_peer(peer, then_s) for peer in peers.values()))
-        snapshots += [decode(answer) for answer in answers if answer is not None]
+                listed.update({peer.ingress_id: peer for peer in answer.ingresses})
+        listed.pop(self._introduction.ingress_id, None)
+        answers, missing_ingresses = await self._ask_ingresses(listed, then_s)
         # While replicas are exchanged, old and new ones answer: none is missing then.
-        return merge(snapshots, {key: max(0, count) for key, count in missing.items()}, answers.count(None))
+        return merge(
+            snapshots + [decode(answer) for answer in answers],
+            {key: max(0, count) for key, count in missing.items()},
+            missing_ingresses,
+        )
 
     def close(self) -> None:
         """Stop following replicas."""
@@ -122,6 +126,18 @@ class ServiceBackend:
         self._peer_server.close()
         for pool in self._pools.values():
             pool.close()
+
+    async def _ask_ingresses(self, listed: Mapping[str, Introduction], timeout_s: float) -> tuple[list[bytes], int]:
+        """Snapshots of the other ingresses, and how many of those that replicas list did not answer.
+
+        A replica that has just started lists those that have found it so far, and without replicas nobody lists any:
+        those known before are asked too, and forgotten when they neither answer nor are listed.
+        """
+        peers = self._peers | listed
+        answers = await asyncio.gather(*(ask_peer(peer, timeout_s) for peer in peers.values()))
+        silent = {ingress_id for ingress_id, answer in zip(peers, answers, strict=True) if answer is None}
+        self._peers = {key: peer for key, peer in peers.items() if key in listed or key not in silent}
+        return [answer for answer in answers if answer is not None], len(silent & listed.keys())
 
     async def _maintain(self) -> None:
         turn = 0
