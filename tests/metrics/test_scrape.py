@@ -99,9 +99,9 @@ async def test_either_ingress_answers_for_both(replicas: Replicas, ingresses: li
     replicas.listed = ["a"]
     ingresses[0].metrics.on_request("m", "/v1/completions")
     ingresses[1].metrics.on_error("m", 429)
-    texts = {await each.scrape() for each in ingresses}
-    assert len(texts) == 1
-    text = texts.pop()
+    first, text = [await each.scrape() for each in ingresses]
+    assert [value(text, "scrapes_total", ingress=name) for name in "01"] == [1, 1]
+    assert first == text.replace(b'scrapes_total{ingress="1"} 1', b'scrapes_total{ingress="1"} 0')
     assert value(text, "requests_total", ingress="0", endpoint="completions") == 1
     assert value(text, "request_errors_total", ingress="1") == 1
     assert value(text, "scrape_missing_ingresses") == 0

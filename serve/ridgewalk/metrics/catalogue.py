@@ -113,6 +113,10 @@ REQUEST_ERRORS = _ingress(
 ROUTING_DECISIONS = _ingress(
     "routing_decisions_total", "counter", "Requests sent to a placement, by the router's reason.", "placement", "reason"
 )
+SCRAPES = MetricSpec(
+    PREFIX + "scrapes_total", "counter", "ingress", "Scrapes of the whole service that this ingress answered.",
+    ("ingress",),
+)  # fmt: skip
 
 # -- scheduler and KV cache: recorded by each engine replica ------------------------------------------------------
 

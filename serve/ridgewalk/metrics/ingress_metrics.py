@@ -34,6 +34,8 @@ class IngressMetrics(Collector):
         self._success = CounterFamily(catalogue.REQUEST_SUCCESS, ())
         self._errors = CounterFamily(catalogue.REQUEST_ERRORS, ())
         self._routing = CounterFamily(catalogue.ROUTING_DECISIONS, ())
+        self._scrapes = CounterFamily(catalogue.SCRAPES, ())
+        self._scrapes.add((ingress,), 0)
         for model in model_names:
             self._start_at_zero(model)
         self.registry = CollectorRegistry(auto_describe=False)
@@ -74,6 +76,12 @@ class IngressMetrics(Collector):
         """A request was sent to a replica of ``placement``; ``reason`` is one of the router's enumeration."""
         self._routing.add((model, self._ingress, placement, reason))
 
+    # -- the scrape -------------------------------------------------------------------------------------------------
+
+    def on_scrape(self) -> None:
+        """A scrape is being answered; asking it what another ingress needs for one is none."""
+        self._scrapes.add((self._ingress,))
+
     # -- on any thread ----------------------------------------------------------------------------------------------
 
     def snapshot(self) -> bytes:
@@ -92,6 +100,7 @@ class IngressMetrics(Collector):
             self._success,
             self._errors,
             self._routing,
+            self._scrapes,
         ):
             yield family.collect()
 

@@ -103,6 +103,7 @@ class ServiceBackend:
         missing = Counter(
             {(name, placement): count for name, counts in self._expected.items() for placement, count in counts.items()}
         )
+        self._metrics.on_scrape()
         snapshots = [decode(self._metrics.snapshot())]
         listed: dict[str, Introduction] = {}
         for name, placement, task in asked:
