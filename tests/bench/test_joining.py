@@ -63,6 +63,7 @@ def test_outputs_of_another_length_are_counted() -> None:
         requests(3, tokens=20), [RequestShape(9, 20), RequestShape(9, 21), RequestShape(9, 20)], Slo()
     )
     assert client.num_wrong_length == 1
+    assert client_figures(requests(3), [RequestShape(9, 9)] * 3, Slo(), forced=False).num_wrong_length is None
     assert client.output_tokens_per_s == pytest.approx(60 / client.duration_s, rel=1e-5)
 
 
@@ -120,6 +121,14 @@ def test_shares_of_step_time_are_over_all_ranks_and_the_recompute_tax_over_all_t
     assert service.step_share == {"attention": 0.75, "collective": 0.25}
     assert service.recompute_tax == pytest.approx(0.1)
     assert service.bubble_share is None
+
+
+def test_one_rank_has_no_collectives() -> None:
+    steps = {"step_seconds_sum{phase=attention,rank=0,sampled=true}": 1.0}
+    samples = [timed_scrape(0.0, IDLE), timed_scrape(1.5, IDLE), timed_scrape(3.0, {**IDLE, **steps})]
+    service = service_figures(samples, 1.0, 2.0, MODEL)
+    assert service is not None
+    assert service.collective_share is None
 
 
 def test_what_one_replica_uses_is_not_hidden_by_the_other() -> None:

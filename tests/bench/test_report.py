@@ -11,7 +11,7 @@ import pytest
 
 from ridgewalk.bench.figures import count, milliseconds, percent, seconds
 from ridgewalk.bench.findings import find_cliff
-from ridgewalk.bench.page import common_points, compare_page, report_page
+from ridgewalk.bench.page import common_points, compare_findings, compare_page, report_page
 from ridgewalk.bench.report import Report, read_report, write_report
 from ridgewalk.config import ConfigError
 from tests.bench.builders import point, report, without_service
@@ -37,6 +37,9 @@ class _Outside(HTMLParser):
 
 
 def assert_self_contained(page: str) -> None:
+    ids = re.findall(r'\bid="([^"]*)"', page)
+    assert len(ids) == len(set(ids)), "two plots share an id"
+    assert set(re.findall(r'(?:url\(|href=")#([^)"]*)', page)) <= set(ids)
     parser = _Outside()
     parser.feed(page)
     assert parser.found == []
@@ -73,6 +76,14 @@ def test_a_sweep_says_where_the_cliff_is() -> None:
     assert report(*SWEEP[:2]).findings[0] == "No load reached the capacity cliff: at most 50 % of a KV cache was used."
 
 
+def test_what_failed_is_said_once_with_the_loads_it_failed_at() -> None:
+    broken = [
+        msgspec.structs.replace(a, client=msgspec.structs.replace(a.client, num_failed=2, errors={"500 no": 2}))
+        for a in SWEEP[:2]
+    ]
+    assert report(*broken, SWEEP[2]).findings[-1] == "4 requests failed at concurrency 4, 16, most with: 500 no"
+
+
 def test_one_load_says_what_the_kv_cache_did() -> None:
     assert report(SWEEP[2]).findings[0] == (
         "KV cache was full for 100 % of the run; 24 preemptions recomputed 55 % of the tokens."
@@ -81,11 +92,11 @@ def test_one_load_says_what_the_kv_cache_did() -> None:
 
 
 def test_the_page_of_a_sweep_needs_nothing_else_and_shows_every_load() -> None:
-    page = report_page(report(*SWEEP))
+    page = report_page(report(*SWEEP[1:]))
     assert_self_contained(page)
     for text in ("concurrency 64", "over the capacity cliff", "Recompute tax", "DP2/1", "for &lt;tests&gt;"):
         assert text in page
-    assert page.count("<svg") == 1 + 1 + 1 + len(SWEEP)  # against load, distributions, lengths, over time
+    assert page.count("<svg") == 1 + 1 + 1 + 2  # against load, distributions, lengths, over time
 
 
 def test_the_page_of_another_server_has_the_clients_figures_only() -> None:
@@ -103,7 +114,7 @@ def test_two_runs_are_compared_load_by_load_with_ratios() -> None:
     assert [(a.label, b.label) for a, b in common_points(first, second)] == [("concurrency 16", "concurrency 16")]
     assert "<td class=worse>2.00</td>" in page  # inter-token latency
     assert "did not ask the same" not in page
-    assert "did not ask the same" in compare_page(first, report(*SWEEP[:2], name="chat"), ("a", "b"))
+    assert "did not ask the same" in compare_findings(first, report(*SWEEP[:2], name="chat"))[-1]
 
 
 def test_single_loads_are_compared_whatever_they_are() -> None:
@@ -121,6 +132,6 @@ def test_every_field_of_the_schema_is_in_the_json(tmp_path: Path) -> None:
 
 def test_numbers_are_written_with_units_and_no_more_digits_than_they_deserve() -> None:
     assert [milliseconds(12.345), milliseconds(999.7), milliseconds(2500.0)] == ["12.3 ms", "1 s", "2.5 s"]
-    assert [seconds(0.0456), seconds(1234.0)] == ["0.0456 s", "1,234 s"]
+    assert [seconds(0.0456), seconds(0.9999), seconds(1234.0)] == ["45.6 ms", "1 s", "1,234 s"]
     assert [percent(0.0), percent(0.004), percent(0.41), percent(1.0)] == ["0 %", "0.4 %", "41 %", "100 %"]
     assert [count(0.35), count(7.0), count(1234.5)] == ["0.35", "7", "1,234"]

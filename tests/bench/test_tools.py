@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from ridgewalk.bench import environment
 from ridgewalk.bench.aiperf import AiperfFailed, Load, aiperf_command, run_aiperf, write_input
-from ridgewalk.bench.endpoint import Endpoint, find_endpoint
+from ridgewalk.bench.endpoint import Endpoint, find_endpoint, warm_up
 from ridgewalk.bench.environment import SetupError, ensure_aiperf, named_aiperf
 from ridgewalk.bench.report import write_report
 from ridgewalk.bench.tokenizer_source import load_tokenizer
@@ -183,6 +183,12 @@ class _Server(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(reply.encode())
 
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers["Content-Length"]))
+        self.send_response(400)
+        self.end_headers()
+        self.wfile.write(b'{"error": {"message": "ignore_eos is not a field"}}')
+
     def log_message(self, *arguments: object) -> None:
         """Quiet."""
 
@@ -207,6 +213,12 @@ def test_another_server_is_taken_as_one_and_its_model_must_be_named(url: str) ->
         find_endpoint(url, "huge", None)
     with pytest.raises(ConfigError, match=r"--api-key: .* wants a key"):
         find_endpoint(url, "big", "wrong")
+
+
+def test_a_server_that_refuses_the_load_is_heard_before_it_begins(url: str) -> None:
+    endpoint, tokenizer = find_endpoint(url, "small", None), load_tokenizer("demo-dense", "small")
+    with pytest.raises(ConfigError, match=r"--url: .* refused .*ignore_eos is not a field.*; --no-force-lengths"):
+        warm_up(endpoint, tokenizer, seed=0, force=True)
 
 
 def test_nobody_at_the_url_is_said() -> None:

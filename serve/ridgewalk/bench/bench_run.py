@@ -42,7 +42,7 @@ def run_bench(
     Raises:
         AiperfFailed, ConfigError: the load could not be sent.
     """
-    template = warm_up(endpoint, tokenizer, work.seed)
+    template = warm_up(endpoint, tokenizer, work.seed, force=work.force_lengths)
     points = []
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("requests"))
     with Progress(*columns, TimeElapsedColumn(), console=console) as progress:
@@ -106,7 +106,7 @@ def _point(
         label=load.label,
         concurrency=load.concurrency,
         rate=load.rate,
-        client=client_figures(requests, work.requests, slo),
+        client=client_figures(requests, work.requests, slo, forced=work.force_lengths),
         service=service,
     )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -102,19 +102,23 @@ def read_records(path: Path) -> list[ClientRequest]:
     return sorted(requests, key=lambda request: request.start)
 
 
-def client_figures(requests: Sequence[ClientRequest], shapes: Sequence[RequestShape], slo: Slo) -> Client:
+def client_figures(
+    requests: Sequence[ClientRequest], shapes: Sequence[RequestShape], slo: Slo, *, forced: bool = True
+) -> Client:
     """What all of the clients saw together.
 
     Args:
         requests: at least one, in the order they were sent.
         shapes: what was asked for.
         slo: what a good request keeps.
+        forced: outputs were to be exactly as long as asked.
     """
     done = [request for request in requests if request.error is None]
     first = min(request.start for request in requests)
     duration = max(request.end for request in requests) - first
     gaps = [request.longest_gap_ms for request in done if request.longest_gap_ms is not None]
     inputs, outputs = [request.input_tokens for request in done], [request.output_tokens for request in done]
+    wrong = sum(request.output_tokens != shapes[request.index].output_length for request in done)
     good = sum(request.is_good(slo) for request in requests) if slo != Slo() else None
     return Client(
         duration_s=rounded(duration),
@@ -130,7 +134,7 @@ def client_figures(requests: Sequence[ClientRequest], shapes: Sequence[RequestSh
         e2e_s=distribution([request.e2e_s for request in done]),
         input_tokens=distribution(inputs),
         output_tokens=distribution(outputs),
-        num_wrong_length=sum(request.output_tokens != shapes[request.index].output_length for request in done),
+        num_wrong_length=wrong if forced else None,
         good_requests_per_s=None if good is None else rounded(good / duration),
         good_share=None if good is None else ratio(good, len(requests)),
         requests=_columns(done, first),
@@ -172,6 +176,6 @@ def _request(record: _Record) -> ClientRequest:
 
 
 def _message(error: _Error) -> str:
-    known: Mapping[str, object] = {"code": error.code, "type": error.type, "message": error.message}
-    text = " ".join(str(value) for value in known.values() if value is not None)
+    kind = None if error.type is not None and error.type in (error.message or "") else error.type
+    text = " ".join(str(value) for value in (error.code, kind, error.message) if value is not None)
     return " ".join(text.split())[:300] or "failed without a message"

@@ -19,6 +19,7 @@ from ridgewalk.metrics import catalogue
 TIMEOUT_S = 30.0
 WARM_UP_REQUESTS = 4
 WARM_UP_TOKENS = 8
+HINT = "; --no-force-lengths leaves ignore_eos out"
 
 
 class _Card(msgspec.Struct):
@@ -72,8 +73,11 @@ def find_endpoint(url: str, model: str | None, api_key: str | None) -> Endpoint:
     )
 
 
-def warm_up(endpoint: Endpoint, tokenizer: Tokenizer, seed: int) -> int:
+def warm_up(endpoint: Endpoint, tokenizer: Tokenizer, seed: int, *, force: bool) -> int:
     """Send a few short requests, so that nothing is done for the first time under load.
+
+    Args:
+        force: ask for outputs of exact length, as the load will.
 
     Returns:
         Tokens that the server counts for a prompt beyond the tokens of its text: its chat template.
@@ -83,11 +87,11 @@ def warm_up(endpoint: Endpoint, tokenizer: Tokenizer, seed: int) -> int:
     """
     texts = write_prompts(tokenizer, [32] * WARM_UP_REQUESTS, seed=seed + 1_000_003)  # not the prompts of the load
     try:
-        answers = asyncio.run(_ask(endpoint, texts))
+        answers = asyncio.run(_ask(endpoint, texts, {"ignore_eos": True} if force else {}))
     except (RequestFailed, aiohttp.ClientError, TimeoutError, asyncio.TimeoutError) as error:
         raise ConfigError(
             f"--url: {endpoint.url} refused a streamed chat completion of {endpoint.model!r}: "
-            f"{error or type(error).__name__}"
+            f"{error or type(error).__name__}" + (HINT if force and "ignore_eos" in str(error) else "")
         ) from None
     counted = answers[0].prompt_tokens
     if not counted:
@@ -95,7 +99,7 @@ def warm_up(endpoint: Endpoint, tokenizer: Tokenizer, seed: int) -> int:
     return max(0, counted - count_tokens(tokenizer, texts[0]))
 
 
-async def _ask(endpoint: Endpoint, texts: list[str]) -> list[Answer]:
+async def _ask(endpoint: Endpoint, texts: list[str], fields: dict[str, object]) -> list[Answer]:
     timeout = aiohttp.ClientTimeout(total=600)
     async with aiohttp.ClientSession(headers=endpoint.headers, timeout=timeout) as session:
 
@@ -104,6 +108,7 @@ async def _ask(endpoint: Endpoint, texts: list[str]) -> list[Answer]:
                 "model": endpoint.model,
                 "messages": [{"role": "user", "content": text}],
                 "max_completion_tokens": WARM_UP_TOKENS,
+                **fields,
             }
             return asyncio.ensure_future(stream_completion(session, f"{endpoint.url}/v1/chat/completions", body))
 

@@ -28,7 +28,9 @@ def milliseconds(value: float) -> str:
 
 
 def seconds(value: float) -> str:
-    """``3.4 s``, ``1,204 s``."""
+    """``45.6 ms``, ``3.4 s``, ``1,204 s``."""
+    if 0 < value < 0.9995:
+        return milliseconds(value * 1e3)
     return f"{value:,.0f} s" if value >= 100 else f"{value:.3g} s"
 
 
@@ -61,7 +63,10 @@ def _three(
     def at(part: str) -> Callable[[Point], float | None]:
         return lambda point: getattr(found, part) if (found := get(point.client)) is not None else None
 
-    return tuple(Figure(f"{name}, {part}", at(part), write, "lower", hint) for part in ("p50", "p90", "p99"))
+    return tuple(
+        Figure(f"{name}, {part}", at(part), write, "lower", hint if part == "p50" else "")
+        for part in ("p50", "p90", "p99")
+    )
 
 
 CLIENT: tuple[Figure, ...] = (

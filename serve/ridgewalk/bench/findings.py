@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 
 from ridgewalk.bench.figures import count, milliseconds, percent
@@ -9,6 +10,10 @@ from ridgewalk.bench.report import Client, Point, Service
 
 THROTTLED_SHARE = 0.1
 """A point is over the capacity cliff from so much time throttled on, or from the first preemption."""
+
+
+CACHED_SHARE = 0.2
+"""Prompts are written so that they share no prefix: more hits than this need an explanation."""
 
 
 def is_over_cliff(point: Point) -> bool:
@@ -27,8 +32,7 @@ def findings(points: Sequence[Point]) -> list[str]:
     said = _about_sweep(points) if len(points) > 1 else _about_point(points[0])
     if all(point.service is None for point in points):
         said.append("The server exports no Ridgewalk metrics for this time: the report has the clients' figures only.")
-    for point in points:
-        said += _warnings(point, f" at {point.label}" if len(points) > 1 else "")
+    said += _warnings(points)
     return said
 
 
@@ -120,24 +124,34 @@ def _synchronization(service: Service) -> list[str]:
     ]
 
 
-def _warnings(point: Point, where: str) -> list[str]:
-    client, said = point.client, []
-    if client.num_failed:
-        most = max(client.errors, key=client.errors.__getitem__, default="")
-        said.append(f"{client.num_failed} requests failed{where}, most with: {most}")
-    if client.num_wrong_length:
+def _warnings(points: Sequence[Point]) -> list[str]:
+    """What makes the figures less than they seem, each said once with the loads that it is true of."""
+    said = []
+
+    def where(affected: Sequence[Point]) -> str:
+        return "" if len(points) == 1 else f" at {', '.join([affected[0].label, *map(_number, affected[1:])])}"
+
+    if failing := [point for point in points if point.client.num_failed]:
+        errors: Counter[str] = Counter()
+        for point in failing:
+            errors.update(point.client.errors)
+        failed = sum(point.client.num_failed for point in failing)
+        subject = "1 request" if failed == 1 else f"{failed} requests"
+        said.append(f"{subject} failed{where(failing)}, most with: {errors.most_common(1)[0][0]}")
+    if wrong := [point for point in points if point.client.num_wrong_length]:
+        said.append(f"Some outputs{where(wrong)} had another length than asked: the load was not the one stated.")
+    if cached := [point for point in points if _cached_share(point) > CACHED_SHARE]:
         said.append(
-            f"{client.num_wrong_length} outputs{where} had another length than asked: the load was not the one stated."
+            f"Over {percent(CACHED_SHARE)} of the prompt tokens came from the prefix cache{where(cached)}: were the "
+            "same prompts asked before? Another --seed asks new ones."
         )
-    service = point.service
-    if service is not None and (service.prefix_cache_hit_rate or 0.0) > 0.2:
-        said.append(
-            f"{percent(service.prefix_cache_hit_rate or 0.0)} of the prompt tokens came from the prefix cache{where}: "
-            "were the same prompts asked before? Another --seed asks new ones."
-        )
-    if service is not None and service.num_scrapes_failed:
-        said.append(f"{service.num_scrapes_failed} scrapes of /metrics got no answer{where}.")
+    if unread := [point for point in points if point.service is not None and point.service.num_scrapes_failed]:
+        said.append(f"Some scrapes of /metrics got no answer{where(unread)}.")
     return said
+
+
+def _cached_share(point: Point) -> float:
+    return 0.0 if point.service is None else point.service.prefix_cache_hit_rate or 0.0
 
 
 def _rate(client: Client) -> str:

@@ -33,13 +33,13 @@ class LogNormalLengths:
         return 1.0 - _NORMAL.cdf(math.log(length / self.median) / self.sigma)
 
     def sample(self, count: int, rng: random.Random) -> list[int]:
-        """``count`` lengths in random order, one from each of ``count`` equally likely strata.
+        """``count`` lengths in random order: the middles of ``count`` equally likely strata.
 
-        So the sample's quantiles are those of the distribution within one stratum, whatever the seed.
+        So even a small sample has the quantiles of the distribution, whatever the seed, and no outlier decides a run.
         """
-        shares = [(index + _inside(rng)) / count for index in range(count)]
-        rng.shuffle(shares)
-        return [max(1, round(self.quantile(share))) for share in shares]
+        lengths = [max(1, round(self.quantile((index + 0.5) / count))) for index in range(count)]
+        rng.shuffle(lengths)
+        return lengths
 
 
 def lognormal_with_share_above(length: float, share: float, *, sigma: float, longest: int) -> LogNormalLengths:
@@ -51,7 +51,3 @@ def lognormal_with_share_within(low: float, high: float, share: float, *, longes
     """The distribution with ``share`` of the lengths between ``low`` and ``high``, and as many below as above."""
     sigma = math.log(high / low) / 2.0 / _NORMAL.inv_cdf(0.5 + share / 2.0)
     return LogNormalLengths(math.sqrt(low * high), sigma, longest=longest)
-
-
-def _inside(rng: random.Random) -> float:
-    return min(max(rng.random(), 1e-6), 1.0 - 1e-6)  # a quantile of 0 or 1 is infinite

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import re
 from collections.abc import Callable, Sequence
@@ -10,6 +11,7 @@ from typing import Any
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
 
 from ridgewalk.bench.findings import find_cliff
 from ridgewalk.bench.report import Distribution, Point, Report, Series, Slo
@@ -128,7 +130,7 @@ def time_plot(series: Series, duration_s: float, together: bool = False) -> str:
 def distribution_plot(points: Sequence[tuple[str, Point]], slo: Slo) -> str:
     """The share of requests that were faster, for each latency; several points over each other."""
     with matplotlib.rc_context({**STYLE, "svg.hashsalt": "distributions"}):
-        figure = Figure(figsize=(11.2, 2.9), layout="constrained")
+        figure = Figure(figsize=(11.2, 3.1), layout="constrained")
         columns: tuple[tuple[str, str, Callable[[Point], Sequence[float | None]], float | None], ...] = (
             ("Time to first token", "ms", lambda p: p.client.requests.ttft_ms, slo.ttft_ms),
             ("Inter-token latency", "ms", lambda p: p.client.requests.itl_ms, slo.itl_ms),
@@ -149,7 +151,7 @@ def distribution_plot(points: Sequence[tuple[str, Point]], slo: Slo) -> str:
             _log_if_wide(axes, horizontal=True)
         figure.axes[0].set_ylabel("% of requests")
         if len(points) > 1:
-            figure.axes[-1].legend(loc="lower right")
+            figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(points))
         return _svg(figure)
 
 
@@ -256,13 +258,14 @@ def _log_if_wide(axes: Axes, horizontal: bool = False) -> None:
     """A logarithmic scale where the values span over a factor of twenty."""
     lines = [line.get_xdata() if horizontal else line.get_ydata() for line in axes.get_lines()]
     values = [float(value) for data in lines for value in data if float(value) > 0]
-    wide = bool(values) and max(values) > 20 * min(values)
-    if wide and horizontal:
-        axes.set_xscale("log")
-    elif wide:
-        axes.set_yscale("log")
-    elif not horizontal:
-        axes.set_ylim(bottom=0)
+    if not values or max(values) <= 20 * min(values):
+        if not horizontal:
+            axes.set_ylim(bottom=0)
+        return
+    (axes.set_xscale if horizontal else axes.set_yscale)("log")
+    axis = axes.xaxis if horizontal else axes.yaxis
+    axis.set_major_formatter("{x:,g}")
+    axis.set_minor_formatter(NullFormatter())
 
 
 def _loads(reports: Sequence[tuple[str, Report]]) -> list[str]:
@@ -290,6 +293,9 @@ def _svg(figure: Figure) -> str:
     text = buffer.getvalue()
     text = text[text.index("<svg") :]  # without the XML declaration and the DTD's address
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+    # Ids are the page's: plots of one shape would share them, and a clip path in a closed <details> clips nothing.
+    own = hashlib.sha256(text.encode()).hexdigest()[:10]
+    text = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{own}-", text)
     return re.sub(
         r'(<svg[^>]*?) width="[^"]*"', r'\1 width="100%"', re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", text)
     )

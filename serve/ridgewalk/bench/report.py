@@ -62,7 +62,7 @@ class Client(msgspec.Struct, frozen=True):
     e2e_s: Distribution | None
     input_tokens: Distribution | None
     output_tokens: Distribution | None
-    num_wrong_length: int  # requests with fewer or more output tokens than were asked for
+    num_wrong_length: int | None  # requests of more or fewer output tokens than asked for; None if not forced
     good_requests_per_s: float | None  # goodput; None without an SLO
     good_share: float | None  # of all requests, failed ones included
     requests: Requests
@@ -124,7 +124,7 @@ class Service(msgspec.Struct, frozen=True):
     tokens_per_step: float | None
     ttft_mean_ms: float | None  # as the ingress saw it
     itl_mean_ms: float | None
-    collective_share: float | None  # of step time, on the sampled steps, mean over ranks
+    collective_share: float | None  # of step time, on the sampled steps, over all ranks; None with one rank
     collective_wait_share: float | None  # of step time
     collective_transfer_share: float | None
     step_share: dict[str, float]  # phase -> share of step time
