@@ -72,7 +72,7 @@ def test_an_interrupted_setup_is_made_again_and_a_whole_one_is_kept(
     with pytest.raises(KeyboardInterrupt):
         ensure_aiperf(folder, silent)
     assert ensure_aiperf(folder, silent) == folder / "bin" / "aiperf"
-    assert installed == [["pyvenv.cfg"], ["pyvenv.cfg"]]
+    assert installed == [[".ridgewalk", "pyvenv.cfg"]] * 2
     ensure_aiperf(folder, silent)
     assert len(installed) == 2
 
@@ -94,10 +94,10 @@ def test_an_index_out_of_reach_is_said_with_the_ways_out(tmp_path: Path, monkeyp
 
 
 def test_a_folder_of_something_else_is_left_alone(tmp_path: Path) -> None:
-    (tmp_path / "thesis.tex").write_text("all of it")
-    with pytest.raises(ConfigError, match="is not a virtual environment"):
+    (tmp_path / "pyvenv.cfg").write_text("of another environment")
+    with pytest.raises(ConfigError, match="holds something else than aiperf's"):
         ensure_aiperf(tmp_path, silent)
-    assert (tmp_path / "thesis.tex").exists()
+    assert (tmp_path / "pyvenv.cfg").exists()
     with pytest.raises(ConfigError, match="--aiperf: nowhere is not a program"):
         named_aiperf("nowhere")
 

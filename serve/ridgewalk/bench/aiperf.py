@@ -66,7 +66,7 @@ def aiperf_command(
 ) -> list[str]:
     """The command line, without the endpoint's key."""
     command = [
-        *([] if endpoint.api_key is None else [_interpreter(program), "-c", _WITH_KEY]),
+        *([] if endpoint.api_key is None else [*_interpreter(program), "-c", _WITH_KEY]),
         str(program), "profile",
         "--model", endpoint.model,
         "--url", endpoint.url,
@@ -144,10 +144,10 @@ def run_aiperf(
     return requests
 
 
-def _interpreter(program: Path) -> str:
-    """The Python that runs a console script."""
-    first = program.open("rb").readline().decode(errors="replace")
-    return first.removeprefix("#!").strip() if first.startswith("#!") else str(program.parent / "python")
+def _interpreter(program: Path) -> list[str]:
+    """The Python that runs a console script: that of its first line, or the one beside it."""
+    words = program.open("rb").readline().decode(errors="replace").removeprefix("#!").split()
+    return words if words and "python" in words[-1] else [str(program.parent / "python")]
 
 
 def _num_lines(path: Path) -> int:

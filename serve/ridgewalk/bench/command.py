@@ -91,7 +91,7 @@ def bench(
     from ridgewalk.bench.aiperf import AiperfFailed
     from ridgewalk.bench.bench_run import run_bench
     from ridgewalk.bench.endpoint import find_endpoint
-    from ridgewalk.bench.environment import SetupError, ensure_aiperf, named_aiperf
+    from ridgewalk.bench.environment import SetupError, default_folder, ensure_aiperf, is_whole, named_aiperf
     from ridgewalk.bench.options import check_enough, choose_work, parse_loads, parse_slo
     from ridgewalk.bench.page import report_page
     from ridgewalk.bench.report import write_report
@@ -111,8 +111,11 @@ def bench(
     try:
         with StopSignals():
             if program is None:
+                environment = aiperf_env or default_folder()
+                if not is_whole(environment):
+                    console.print(f"setting up aiperf in {escape(str(environment))}, once: about a minute")
                 with console.status("aiperf") as status:
-                    program = ensure_aiperf(aiperf_env, lambda line: status.update(f"aiperf, once: {escape(line)}"))
+                    program = ensure_aiperf(environment, lambda line: status.update(escape(line)))
             console.print(_about(endpoint.model, endpoint.url, endpoint.placement, work.name, len(work.requests)))
             report = run_bench(endpoint, prompts, work, loads, slo, program, console)
     except Stopped:

@@ -16,6 +16,7 @@ from ridgewalk.bench.processes import end_process_tree
 from ridgewalk.config import ConfigError
 
 AIPERF_VERSION = "0.13.0"
+_OURS = ".ridgewalk"  # written first: no folder without it is ever removed
 _WHOLE = ".whole"  # written last: an environment without it was interrupted
 
 
@@ -23,9 +24,16 @@ class SetupError(RuntimeError):
     """The environment could not be made; says why and what else can be done."""
 
 
-def cache_folder() -> Path:
-    """Where environments are kept: ``$XDG_CACHE_HOME/ridgewalk``, by default in ``~/.cache``."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "ridgewalk"
+def default_folder() -> Path:
+    """In ``$XDG_CACHE_HOME/ridgewalk``, by default in ``~/.cache/ridgewalk``."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+    return cache / "ridgewalk" / f"aiperf-{AIPERF_VERSION}"
+
+
+def is_whole(folder: Path) -> bool:
+    """An environment is there and was finished."""
+    whole = folder / _WHOLE
+    return whole.is_file() and whole.read_text() == AIPERF_VERSION and (folder / "bin" / "aiperf").is_file()
 
 
 def named_aiperf(named: str) -> Path:
@@ -36,33 +44,33 @@ def named_aiperf(named: str) -> Path:
     return Path(found).absolute()
 
 
-def ensure_aiperf(folder: Path | None, say: Callable[[str], None]) -> Path:
-    """The aiperf of ``folder`` (default: in the cache), installed there first unless that was done and finished.
+def ensure_aiperf(folder: Path, say: Callable[[str], None]) -> Path:
+    """The aiperf of the environment in ``folder``, installed there first unless that was done and finished.
 
     Of two that come at once, one installs and the other waits.
 
     Args:
-        folder: the virtual environment.
+        folder: the virtual environment, e.g. `default_folder`.
         say: is told what happens, a short line at a time.
 
     Raises:
         SetupError: pip failed; carries its last words.
         ConfigError: the folder is something else than an environment of ours.
     """
-    folder = folder or cache_folder() / f"aiperf-{AIPERF_VERSION}"
     with _locked(folder):
-        whole = folder / _WHOLE
-        if whole.is_file() and whole.read_text() == AIPERF_VERSION and (folder / "bin" / "aiperf").is_file():
+        if is_whole(folder):
             return folder / "bin" / "aiperf"
         if folder.exists():
-            if any(folder.iterdir()) and not (folder / "pyvenv.cfg").is_file():
-                raise ConfigError(f"--aiperf-env: {folder} is not a virtual environment; name another folder")
+            if any(folder.iterdir()) and not (folder / _OURS).is_file():
+                raise ConfigError(f"--aiperf-env: {folder} holds something else than aiperf's; name a new folder")
             say("removing a half-made environment")
             shutil.rmtree(folder)
+        folder.mkdir()
+        (folder / _OURS).touch()
         say(f"making a virtual environment in {folder}")
         venv.create(folder, with_pip=True)
         _install(folder, say)
-        whole.write_text(AIPERF_VERSION)
+        (folder / _WHOLE).write_text(AIPERF_VERSION)
     return folder / "bin" / "aiperf"
 
 
