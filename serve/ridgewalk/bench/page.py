@@ -8,7 +8,7 @@ from html import escape
 from ridgewalk.bench.figures import CLIENT, SERVICE, Figure, count, milliseconds, percent, seconds
 from ridgewalk.bench.findings import find_cliff
 from ridgewalk.bench.plots import distribution_plot, lengths_plot, sweep_plot, time_plot
-from ridgewalk.bench.report import Point, Report, Slo
+from ridgewalk.bench.report import Point, Report, Service, Slo
 
 CSS = """
 :root{color-scheme:light}
@@ -123,14 +123,17 @@ def compare_findings(first: Report, second: Report) -> list[str]:
         if a.service is not None and b.service is not None:
             said.append(
                 f"B preempted {count(b.service.num_preemptions)} sequences and A {count(a.service.num_preemptions)}; "
-                f"in collectives B spent {percent(b.service.collective_share or 0.0)} of its step time and A "
-                f"{percent(a.service.collective_share or 0.0)}."
+                f"in collectives B spent {_collectives(b.service)} of its step time and A {_collectives(a.service)}."
             )
     if not said:
         said.append("The runs have no load in common; the curves are over each other, each at its own loads.")
     if _asks(first) != _asks(second):
         said.append("The runs did not ask the same: their profile, scale, seed or number of requests differ.")
     return said
+
+
+def _collectives(service: Service) -> str:
+    return "nothing" if service.collective_share is None else percent(service.collective_share)
 
 
 def _asks(report: Report) -> tuple[object, ...]:

@@ -40,6 +40,7 @@ STYLE = {
     "axes.labelcolor": "#475569",
     "legend.frameon": False,
     "legend.fontsize": 8.5,
+    "legend.handlelength": 3.0,
     "lines.linewidth": 1.8,
 }
 
@@ -73,9 +74,16 @@ def sweep_plot(reports: Sequence[tuple[str, Report]]) -> str:
                 "Inter-token latency",
                 "KV cache used",
                 "Preemptions",
-                "Price of too little KV",
+                "What it costs",
             ),
-            ("output tokens/s", "ms", "ms", "% of blocks", "sequences that lost their KV", "% "),
+            (
+                "output tokens/s",
+                "ms",
+                "ms",
+                "% of blocks",
+                "sequences that lost their KV",
+                "% of time, tokens, step time",
+            ),
             strict=True,
         ):
             axes.set_title(title)
@@ -87,6 +95,7 @@ def sweep_plot(reports: Sequence[tuple[str, Report]]) -> str:
                 axes.legend()
         panels[0, 0].set_ylim(bottom=0)
         panels[0, 2].set_ylim(bottom=0)
+        panels[1, 1].set_ylim(0, 1.15 * max(1.0, *(bar.get_height() for bar in panels[1, 1].patches), 0.0))
         _log_if_wide(panels[0, 1])
         if single:
             _shade_cliff(panels.flat, reports[0][1].points)
@@ -201,21 +210,17 @@ def _service_panels(
         label=prefix.strip() or None, alpha=0.85,
     )  # fmt: skip
     preemptions.bar_label(bars, fmt="{:,.0f}", fontsize=8.5, padding=2)
-    preemptions.margins(y=0.15)
-    preemptions.set_ylim(bottom=0)
-    shades = (style["color"],) * 3 if of > 1 else (COLOURS[0], DANGER, COLOURS[1])
-    for shade, line, name, values in zip(
-        shades,
-        ("-", "--", ":"),
-        ("time throttled", "recompute tax", "time KV full"),
-        (
-            [s.throttled_share for s in services],
-            [s.recompute_tax for s in services],
-            [s.kv_full_share for s in services],
-        ),
-        strict=True,
-    ):
-        _line(price, at, [_percent(v) for v in values], prefix + name, {**style, "color": shade, "linestyle": line})
+    lines = [
+        ("time throttled", "-", COLOURS[0], [s.throttled_share for s in services]),
+        ("recompute tax", "--", DANGER, [s.recompute_tax for s in services]),
+        ("collectives", "-.", COLOURS[3], [s.collective_share for s in services]),
+    ]
+    if of == 1:
+        lines.append(("time KV full", ":", COLOURS[1], [s.kv_full_share for s in services]))
+    for name, line, colour, values in lines:
+        if any(value is not None for value in values):
+            look = {**style, "color": colour if of == 1 else style["color"], "linestyle": line}
+            _line(price, at, [_percent(value) for value in values], prefix + name, look)
     price.set_ylim(-2, 106)
 
 
