@@ -48,18 +48,25 @@ def requests(count: int, *, ttft_ms: float = 50.0, itl_ms: float = 10.0, tokens:
     ]
 
 
-def point(concurrency: int, *, preemptions: int = 0, usage: Sequence[float] = (0.5, 0.4), slower: float = 1.0) -> Point:
+def point(
+    concurrency: int,
+    *,
+    preemptions: int = 0,
+    usage: Sequence[float] = (0.5, 0.4),
+    slower: float = 1.0,
+    foreign: float = 0.0,
+) -> Point:
     """A load of ten requests during which each replica used its share of ``usage``."""
     sent = requests(10, ttft_ms=50.0 * slower, itl_ms=10.0 * slower)
     start, end = sent[0].start, max(request.end for request in sent)
     idle = {"kv_cache_usage_ratio": 0.0, "num_requests_running": 0.0, "num_preemptions_total": 3.0,
             "generation_tokens_total": 1000.0, "sequences_ended_total{finished_reason=length}": 7.0}  # fmt: skip
     replicas = [{**idle, "kv_cache_usage_ratio": value, "num_requests_running": 5.0} for value in usage]
-    after = [{**idle, "num_preemptions_total": 3.0 + preemptions, "generation_tokens_total": 1100.0,
-              "recomputed_tokens_total": 10.0 * preemptions, "sequences_ended_total{finished_reason=length}": 12.0}
-             for _ in usage]  # fmt: skip
+    after = {**idle, "num_preemptions_total": 3.0 + preemptions, "recomputed_tokens_total": 10.0 * preemptions,
+             "generation_tokens_total": 1000.0 + foreign + 200.0 / len(usage),
+             "sequences_ended_total{finished_reason=length}": 12.0}  # fmt: skip
     samples = [timed_scrape(start - 0.5, *(idle for _ in usage)), timed_scrape(start + 0.5, *replicas)]
-    samples.append(timed_scrape(end + 0.5, *after))
+    samples.append(timed_scrape(end + 0.5, *(after for _ in usage)))
     shapes = [RequestShape(9, 20)] * len(sent)
     return Point(
         label=f"concurrency {concurrency}",

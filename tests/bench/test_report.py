@@ -84,6 +84,11 @@ def test_what_failed_is_said_once_with_the_loads_it_failed_at() -> None:
     assert report(*broken, SWEEP[2]).findings[-1] == "4 requests failed at concurrency 4, 16, most with: 500 no"
 
 
+def test_tokens_that_no_client_got_are_noticed() -> None:
+    assert not any("used by others" in sentence for sentence in report(*SWEEP).findings)
+    assert "than these clients got at concurrency 16" in report(SWEEP[0], point(16, foreign=5.0)).findings[-1]
+
+
 def test_one_load_says_what_the_kv_cache_did() -> None:
     assert report(SWEEP[2]).findings[0] == (
         "KV cache was full for 100 % of the run; 24 preemptions recomputed 55 % of the tokens."

@@ -16,6 +16,10 @@ CACHED_SHARE = 0.2
 """Prompts are written so that they share no prefix: more hits than this need an explanation."""
 
 
+FOREIGN_SHARE = 0.02
+"""The window is the load's alone, so both sides count the same tokens, but for those of requests that were moved."""
+
+
 def is_over_cliff(point: Point) -> bool:
     """KV capacity limits this load."""
     service = point.service
@@ -145,6 +149,10 @@ def _warnings(points: Sequence[Point]) -> list[str]:
             f"Over {percent(CACHED_SHARE)} of the prompt tokens came from the prefix cache{where(cached)}: were the "
             "same prompts asked before? Another --seed asks new ones."
         )
+    if shared := [point for point in points if not point.client.num_failed and _foreign_share(point) > FOREIGN_SHARE]:
+        said.append(
+            f"The service generated more tokens than these clients got{where(shared)}: was it used by others meanwhile?"
+        )
     if unread := [point for point in points if point.service is not None and point.service.num_scrapes_failed]:
         said.append(f"Some scrapes of /metrics got no answer{where(unread)}.")
     return said
@@ -152,6 +160,13 @@ def _warnings(points: Sequence[Point]) -> list[str]:
 
 def _cached_share(point: Point) -> float:
     return 0.0 if point.service is None else point.service.prefix_cache_hit_rate or 0.0
+
+
+def _foreign_share(point: Point) -> float:
+    """Of the tokens that the service generated, those that none of our clients got."""
+    if point.service is None or not point.service.generation_tokens:
+        return 0.0
+    return 1.0 - sum(point.client.requests.output_tokens) / point.service.generation_tokens
 
 
 def _rate(client: Client) -> str:
