@@ -2,6 +2,9 @@
 
 ``python -m tests.benchmarks.bench_recording MODEL [-tp 2] [--concurrency 1 32]``
 
+One rank is measured in processor time, on one thread: all recording is work of this process, and other programs on the
+machine disturb that least. Several ranks are measured by the wall clock.
+
 On: one step in 17 measured on every rank (phases, collectives), what it measured recorded, the engine's state reported
 ten times a second, and what an ingress records of every token. All of it in one process, though a service records the
 tokens in another. Off: none of it.
@@ -17,12 +20,19 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
+
 from ridgewalk.engine import core as engine_core
 from ridgewalk.engine.sampling import SamplingParams
+from ridgewalk.engine.stats import EngineStats
+from ridgewalk.engine.step import RankTimings
 from ridgewalk.metrics.engine_metrics import EngineMetrics
 from ridgewalk.metrics.exposition import merge
 from ridgewalk.metrics.ingress_metrics import IngressMetrics
 from ridgewalk.metrics.snapshot import decode
+from ridgewalk.model.phase_clock import PhaseClock
+from ridgewalk.parallel.process_groups import make_process_groups
+from ridgewalk.placement.mesh import Mesh
 from ridgewalk.placement.model_spec import ModelSpec
 from ridgewalk.replica.engine_config import EngineConfig
 from ridgewalk.replica.engine_loop import REPORT_EVERY_S
@@ -43,8 +53,11 @@ class Recorded:
         self.engine = engine
         self.replica = EngineMetrics(config, "0", spec)
         self.ingress = IngressMetrics("0", [config.model_name])
+        self._clock = time.process_time if config.world_size == 1 else time.perf_counter
         self.turns: dict[bool, list[float]] = {True: [], False: []}
         self.pairs: list[float] = []  # seconds that a turn with recording took longer than the one beside it
+        self.measured: list[RankTimings] = []
+        self.stats: EngineStats | None = None
         self._reported = 0.0
         self._model = config.model_name
 
@@ -70,10 +83,10 @@ class Recorded:
     def _turn(self, recording: bool) -> float:
         counters = self.engine.core.scheduler.counters
         until = counters.steps - counters.steps % BLOCK + BLOCK + BLOCK // 2
-        started = time.perf_counter()
+        started = self._clock()
         while counters.steps < until:
             self._step(recording)
-        return time.perf_counter() - started
+        return self._clock() - started
 
     def _step(self, recording: bool) -> None:
         core = self.engine.core
@@ -81,6 +94,7 @@ class Recorded:
         while not (results := core.pump()):
             self.engine.executor.wait(1.0)
         for ranks in self.engine.executor.take_timings():
+            self.measured = ranks
             if recording:
                 self.replica.on_timings(ranks)
         if not recording:
@@ -88,7 +102,8 @@ class Recorded:
         now = time.monotonic()
         if now - self._reported >= REPORT_EVERY_S:
             self._reported = now
-            self.replica.on_stats(core.stats())
+            self.stats = core.stats()
+            self.replica.on_stats(self.stats)
         for result in results:
             for _ in result.new_tokens:
                 self.ingress.on_tokens(self._model, 0.01, 1)
@@ -110,7 +125,7 @@ def main() -> None:
     config = EngineConfig(
         model_name=arguments.model.name, placement=f"TP{arguments.tp}", model_path=str(arguments.model),
         dtype=spec.dtype, tp=arguments.tp, max_model_len=1024, max_num_seqs=64, max_num_batched_tokens=4096,
-        block_size=16, enable_prefix_caching=False, max_waiting=10_000, num_blocks=64 * 64,
+        threads_per_rank=1, block_size=16, enable_prefix_caching=False, max_waiting=10_000, num_blocks=64 * 64,
     )  # fmt: skip
     print("| concurrency | step, off | step, on | recording costs | with 95 % within | pairs |\n" + 6 * "|---" + "|")
     with OfflineEngine(config) as engine:
@@ -122,7 +137,7 @@ def main() -> None:
                 if time.monotonic() > until:
                     break
             _report(concurrency, recorded)
-        _report_scrape(recorded)
+        _report_calls(recorded, config)
 
 
 def _report(concurrency: int, recorded: Recorded) -> None:
@@ -142,19 +157,34 @@ def _interval(values: list[float]) -> tuple[float, float]:
     return medians[25], medians[974]
 
 
-def _report_scrape(recorded: Recorded) -> None:
-    replica, ingress = recorded.replica.snapshot(), recorded.ingress.snapshot()
-    answers = [decode(replica), decode(ingress)]
-    print("\n| of one scrape | time | bytes |\n|---|---|---|")
-    for name, call, size in (
-        ("snapshot of the replica", recorded.replica.snapshot, len(replica)),
-        ("snapshot of an ingress", recorded.ingress.snapshot, len(ingress)),
-        ("both merged to text", lambda: merge(answers), len(merge(answers))),
-    ):
-        print(f"| {name} | {_median_seconds(call) * 1e6:.0f} us | {size} |")
+def _report_calls(recorded: Recorded, config: EngineConfig) -> None:
+    """Each call by itself, with what the last run measured."""
+    replica, ingress = recorded.replica, recorded.ingress
+    snapshots = replica.snapshot(), ingress.snapshot()
+    answers = [decode(each) for each in snapshots]
+    assert recorded.stats is not None
+    calls: list[tuple[str, str, Callable[[], object]]] = [
+        ("phases of a rank", "measured step, per phase and layer", _marks(config)),
+        ("`on_timings`", "measured step", lambda: replica.on_timings(recorded.measured)),
+        ("`stats`, `on_stats`", "0.1 s", lambda: replica.on_stats(recorded.engine.core.stats())),
+        ("`on_tokens` of an ingress", "token", lambda: ingress.on_tokens(config.model_name, 0.01, 1)),
+        (f"snapshot of a replica, {len(snapshots[0])} bytes", "scrape", replica.snapshot),
+        (f"snapshot of an ingress, {len(snapshots[1])} bytes", "scrape", ingress.snapshot),
+        (f"both merged to text, {len(merge(answers))} bytes", "scrape", lambda: merge(answers)),
+    ]
+    print("\n| call | once per | time |\n|---|---|---|")
+    for name, once_per, call in calls:
+        print(f"| {name} | {once_per} | {_median_seconds(call) * 1e6:.1f} us |")
 
 
-def _median_seconds(call: Callable[[], object], times: int = 200) -> float:
+def _marks(config: EngineConfig) -> Callable[[], object]:
+    device = torch.device("cpu")
+    clock = PhaseClock(make_process_groups(Mesh(), 0, "", device), device)
+    clock.start()
+    return lambda: clock.mark("mlp")
+
+
+def _median_seconds(call: Callable[[], object], times: int = 1000) -> float:
     seconds = []
     for _ in range(times):
         started = time.perf_counter()
