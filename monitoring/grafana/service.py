@@ -300,7 +300,6 @@ SERVICE = Board(
                     SECONDS,
                     (Query(f"scrape_duration_seconds{{{JOB}}}", "{{instance}}"),),
                     width=6,
-                    width=6,
                     limits=(0.2, 1),
                 ),
                 Panel(
@@ -315,7 +314,6 @@ SERVICE = Board(
                         ),
                         Query("ridgewalk_scrape_missing_ingresses", "ingresses"),
                     ),
-                    width=6,
                     width=6,
                     limits=(1, 2),
                 ),
