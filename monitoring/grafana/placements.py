@@ -14,9 +14,8 @@ def _rate(metric: str) -> str:
 
 
 def _share_of_model(expr: str) -> str:
-    return (
-        f"sum by (model_name, placement) ({expr}) / ignoring (placement) group_left (sum by (model_name) ({expr}) > 0)"
-    )
+    of_model = f"(sum by (model_name) ({expr}) > 0)"
+    return f"sum by (model_name, placement) ({expr}) / ignoring (placement) group_left () {of_model}"
 
 
 PLACEMENTS = Board(
