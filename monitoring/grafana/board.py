@@ -20,6 +20,9 @@ from monitoring.grafana.panel import Panel
 TAG = "ridgewalk"
 DATASOURCE = DataSourceRef(type_val="prometheus", uid="${datasource}")
 
+IN_SIGHT = ""
+"""Not in a menu, where the SDK puts links and annotations."""
+
 MODEL = 'model_name=~"$model_name"'
 """Matches the chosen models."""
 
@@ -71,6 +74,7 @@ class Board:
                 .tags([TAG])
                 .include_vars(True)
                 .keep_time(True)
+                .placement(IN_SIGHT)
             )
         )
         number = 0
@@ -104,6 +108,7 @@ def _alerts() -> dashboard.AnnotationQuery:
         .name("Alerts")
         .datasource(DATASOURCE)
         .enable(True)
+        .placement(IN_SIGHT)
         .icon_color("red")
         .target(prometheus.Dataquery().expr(FIRING).ref_id("alerts"))
         .expr(FIRING)
