@@ -94,6 +94,9 @@ def test_one_load_says_what_the_kv_cache_did() -> None:
         "KV cache was full for 100 % of the run; 24 preemptions recomputed 55 % of the tokens."
     )
     assert report(SWEEP[0]).findings[0].startswith("KV cache was never full: at most 50 %")
+    assert (
+        report(point(4, preemptions=1)).findings[0].startswith("KV cache was full for moments between two samples; 2")
+    )
 
 
 def test_the_page_of_a_sweep_needs_nothing_else_and_shows_every_load() -> None:

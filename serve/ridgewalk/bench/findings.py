@@ -92,8 +92,9 @@ def _kv(service: Service) -> str:
             f"KV cache was full for {percent(full)} of the run, nothing was preempted; work waited for KV "
             f"{percent(service.throttled_share)} of the time."
         )
+    when = f"for {percent(full)} of the run" if full else "for moments between two samples"
     return (
-        f"KV cache was full for {percent(full)} of the run; {count(service.num_preemptions)} preemptions recomputed "
+        f"KV cache was full {when}; {count(service.num_preemptions)} preemptions recomputed "
         f"{percent(service.recompute_tax or 0.0)} of the tokens."
     )
 
