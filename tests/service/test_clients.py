@@ -46,7 +46,8 @@ def installed(requirement: str) -> Path:
     folder = CACHE / requirement.replace("<", "_").replace(">", "_").replace("=", "").replace(",", "_")
     if not folder.exists():
         partial = folder.with_suffix(".partial")
-        command = [sys.executable, "-m", "pip", "install", "--quiet", "--target", str(partial), requirement]
+        pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-compile"]
+        command = [*pip, "--target", str(partial), requirement]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
             pytest.skip(f"{requirement} cannot be installed here: {done.stderr.strip().splitlines()[-1]}")

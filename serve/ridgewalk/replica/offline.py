@@ -58,7 +58,8 @@ class OfflineEngine:
         while self.core.has_work:
             self.core.pump()
             self._take_timings()
-            self.executor.wait(1.0)
+            if self.core.has_work:
+                self.executor.wait(1.0)
 
     def close(self) -> None:
         """End the ranks."""
