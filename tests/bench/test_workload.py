@@ -75,6 +75,8 @@ def test_prompts_have_the_tokens_asked_for_and_share_no_prefix() -> None:
     prompts = write_prompts(tokenizer, lengths * 3, seed=1)
     assert [count_tokens(tokenizer, prompt) for prompt in prompts] == lengths * 3
     assert prompts == write_prompts(tokenizer, lengths * 3, seed=1)
+    longer = write_prompts(tokenizer, [length + 1 for length in lengths], seed=1)
+    assert all(a[:8] != b[:8] for a, b in zip(prompts[4:7], longer[4:], strict=True))
     long = [prompt for prompt, length in zip(prompts, lengths * 3, strict=True) if length >= 17]
     assert len({prompt[:16] for prompt in long}) == len(long)
 

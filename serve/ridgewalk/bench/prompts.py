@@ -23,7 +23,10 @@ WORDS = tuple(_TEXT.split())
 
 def write_prompts(tokenizer: Tokenizer, lengths: Sequence[int], seed: int) -> list[str]:
     """One text for each length, of exactly so many tokens where the tokenizer allows it; the same for the same seed."""
-    return [_write(tokenizer, length, random.Random(f"{seed}:{index}")) for index, length in enumerate(lengths)]
+    # The length is in the seed too: else the prompts of two profiles would begin alike, and hit each other's cache.
+    return [
+        _write(tokenizer, length, random.Random(f"{seed}:{index}:{length}")) for index, length in enumerate(lengths)
+    ]
 
 
 def count_tokens(tokenizer: Tokenizer, text: str) -> int:
