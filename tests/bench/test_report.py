@@ -12,7 +12,7 @@ import pytest
 from ridgewalk.bench.figures import count, milliseconds, percent, seconds
 from ridgewalk.bench.findings import find_cliff
 from ridgewalk.bench.page import common_points, compare_findings, compare_page, report_page
-from ridgewalk.bench.report import Report, read_report, write_report
+from ridgewalk.bench.report import Point, Report, read_report, write_report
 from ridgewalk.config import ConfigError
 from tests.bench.builders import point, report, without_service
 
@@ -87,6 +87,16 @@ def test_what_failed_is_said_once_with_the_loads_it_failed_at() -> None:
 def test_tokens_that_no_client_got_are_noticed() -> None:
     assert not any("used by others" in sentence for sentence in report(*SWEEP).findings)
     assert "than these clients got at concurrency 16" in report(SWEEP[0], point(16, foreign=5.0)).findings[-1]
+
+
+def test_clients_that_lag_behind_the_service_are_noticed() -> None:
+    def with_ingress(ttft_mean_ms: float) -> Point:  # clients saw 54.5 ms times 3
+        a_point = point(4, slower=3.0)
+        service = msgspec.structs.replace(a_point.service, ttft_mean_ms=ttft_mean_ms)
+        return msgspec.structs.replace(a_point, service=service)
+
+    assert "much later than the service sent them" in report(with_ingress(60.0)).findings[-1]
+    assert not any("later than the service" in sentence for sentence in report(with_ingress(120.0)).findings)
 
 
 def test_one_load_says_what_the_kv_cache_did() -> None:

@@ -20,6 +20,10 @@ FOREIGN_SHARE = 0.02
 """The window is the load's alone, so both sides count the same tokens, but for those of requests that were moved."""
 
 
+LATE_MS, LATE_SHARE = 50.0, 0.5
+"""Clients are late when their mean time to first token is over the ingress's by more than the larger of these."""
+
+
 def is_over_cliff(point: Point) -> bool:
     """KV capacity limits this load."""
     service = point.service
@@ -154,6 +158,11 @@ def _warnings(points: Sequence[Point]) -> list[str]:
         said.append(
             f"The service generated more tokens than these clients got{where(shared)}: was it used by others meanwhile?"
         )
+    if late := [point for point in points if _is_late(point)]:
+        said.append(
+            f"Clients saw first tokens much later than the service sent them{where(late)}: between them are the "
+            "network and the client itself, which may lack CPU."
+        )
     if unread := [point for point in points if point.service is not None and point.service.num_scrapes_failed]:
         said.append(f"Some scrapes of /metrics got no answer{where(unread)}.")
     return said
@@ -168,6 +177,14 @@ def _foreign_share(point: Point) -> float:
     if point.service is None or not point.service.generation_tokens:
         return 0.0
     return 1.0 - sum(point.client.requests.output_tokens) / point.service.generation_tokens
+
+
+def _is_late(point: Point) -> bool:
+    """More of the time to first token passed between service and client than a network explains."""
+    if point.service is None or point.service.ttft_mean_ms is None or point.client.ttft_ms is None:
+        return False
+    between = point.client.ttft_ms.mean - point.service.ttft_mean_ms
+    return between > max(LATE_MS, LATE_SHARE * point.service.ttft_mean_ms)
 
 
 def _rate(client: Client) -> str:
