@@ -118,3 +118,14 @@ def test_a_service_mounted_below_a_prefix_has_the_same_endpoints() -> None:
     metrics = IngressMetrics("0")
     metrics.on_request("m", "/llm/v1/completions")
     assert value(scrape(encoded=[metrics.snapshot()]), "requests_total", endpoint="completions") == 1
+
+
+def test_a_rank_that_serve_gives_anew_is_the_label_from_then_on() -> None:
+    """Else two ingresses, or two replicas, could have one label and be summed."""
+    rank = "1"
+    metrics = IngressMetrics("1", ["m"], lambda: rank)
+    metrics.on_scrape()
+    rank = "0"
+    text = merge([decode(metrics.snapshot())]).decode()
+    assert 'ridgewalk_scrapes_total{ingress="0"} 1' in text
+    assert 'ingress="1"' not in text

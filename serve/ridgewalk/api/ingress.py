@@ -7,7 +7,6 @@ import logging
 import time
 
 import msgspec
-from ray import serve
 from ray.serve.handle import DeploymentHandle
 from starlette.types import ASGIApp
 
@@ -17,6 +16,7 @@ from ridgewalk.api.open_replies import OpenReplies
 from ridgewalk.api.served_model import load_served_model
 from ridgewalk.logs import configure_logging
 from ridgewalk.metrics.ingress_metrics import IngressMetrics
+from ridgewalk.replica.serve_rank import serve_rank
 from ridgewalk.replica.service_backend import ServiceBackend
 
 logger = logging.getLogger(__name__)
@@ -52,7 +52,7 @@ class Ingress:
         self._settings = settings
         self._replies = OpenReplies()
         names = [model.name for model in settings.models]
-        self._metrics = IngressMetrics(str(serve.get_replica_context().rank.rank), names)
+        self._metrics = IngressMetrics(serve_rank(), names, serve_rank)
         models = [
             load_served_model(model.name, model.path, max_model_len=model.max_model_len) for model in settings.models
         ]

@@ -15,7 +15,7 @@ from ridgewalk.metrics.collectives import split_collectives
 from ridgewalk.metrics.expert_load import ExpertLoad
 from ridgewalk.metrics.families import CounterFamily, HistogramFamily, SummaryFamily, counters, gauges
 from ridgewalk.metrics.replica_state import ReplicaStateTracker
-from ridgewalk.metrics.snapshot import encode, take_snapshot
+from ridgewalk.metrics.snapshot import encode, relabeled, take_snapshot
 from ridgewalk.metrics.utilization import HardwarePeaks, Utilization
 
 if TYPE_CHECKING:
@@ -111,11 +111,14 @@ class EngineMetrics(Collector):
 
     # -- on any thread ----------------------------------------------------------------------------------------------
 
-    def snapshot(self) -> bytes:
-        """Everything recorded, encoded for `exposition.merge`."""
+    def snapshot(self, replica: str | None = None) -> bytes:
+        """Everything recorded, encoded for `exposition.merge`. ``replica``: the rank now, where it may have changed."""
         with self._lock:
             state = self._state.read(self._clock(), self._utilization.trapped)
-        return encode(take_snapshot(self.registry, state))
+        snapshot = take_snapshot(self.registry, state)
+        if replica is not None and replica != self._constant[-1]:
+            snapshot = relabeled(snapshot, "replica", replica)
+        return encode(snapshot)
 
     def collect(self) -> Iterator[Metric]:
         """The metrics now, for the registry."""

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 from prometheus_client.core import Metric
 from prometheus_client.registry import Collector, CollectorRegistry
 
 from ridgewalk.metrics import catalogue
 from ridgewalk.metrics.families import CounterFamily, HistogramFamily
-from ridgewalk.metrics.snapshot import encode, take_snapshot
+from ridgewalk.metrics.snapshot import encode, relabeled, take_snapshot
 
 _ENDPOINTS = {"/v1/chat/completions": "chat_completions", "/v1/completions": "completions"}
 
@@ -17,14 +17,17 @@ _ENDPOINTS = {"/v1/chat/completions": "chat_completions", "/v1/completions": "co
 class IngressMetrics(Collector):
     """Implements `api.observer.RequestObserver`, and counts routing decisions.
 
-    ``ingress`` is Serve's rank of the ingress replica. It is a label of its own: were counters of several ingresses
-    summed under equal labels, the sum would fall when one of them restarts, which Prometheus takes for a reset to zero
-    and counts all the others' totals again. ``model_names`` have their series from the start, so that rates see the
-    first event.
+    ``ingress`` is Serve's rank of the ingress replica, ``current_rank`` gives the one that it has now. It is a label of
+    its own: were counters of several ingresses summed under equal labels, the sum would fall when one of them restarts,
+    which Prometheus takes for a reset to zero and counts all the others' totals again. ``model_names`` have their series
+    from the start, so that rates see the first event.
     """
 
-    def __init__(self, ingress: str, model_names: Iterable[str] = ()) -> None:
+    def __init__(
+        self, ingress: str, model_names: Iterable[str] = (), current_rank: Callable[[], str] | None = None
+    ) -> None:
         self._ingress = ingress
+        self._current_rank = current_rank or (lambda: ingress)
         self._first_token = self._histogram(catalogue.TIME_TO_FIRST_TOKEN)
         self._inter_token = self._histogram(catalogue.INTER_TOKEN_LATENCY)
         self._e2e = self._histogram(catalogue.E2E_REQUEST_LATENCY)
@@ -86,7 +89,8 @@ class IngressMetrics(Collector):
 
     def snapshot(self) -> bytes:
         """Everything recorded, encoded for `exposition.merge`."""
-        return encode(take_snapshot(self.registry))
+        snapshot, rank = take_snapshot(self.registry), self._current_rank()
+        return encode(snapshot if rank == self._ingress else relabeled(snapshot, "ingress", rank))
 
     def collect(self) -> Iterator[Metric]:
         """The metrics now, for the registry."""

@@ -58,6 +58,26 @@ def take_snapshot(registry: Collector, replica: ReplicaState | None = None) -> S
     return Snapshot([family_of(metric) for metric in registry.collect()], replica)
 
 
+def relabeled(snapshot: Snapshot, label: str, value: str) -> Snapshot:
+    """The snapshot of a process that Serve has given another rank since it started: its series carry that one.
+
+    Serve keeps ranks contiguous, so when a process ends another may be given its rank. Were labels those of the start,
+    two processes could have the same ones and be summed.
+    """
+
+    def renamed(series: Series) -> Series:
+        return Series(tuple((name, value if name == label else old) for name, old in series.labels), series.values)
+
+    families = [
+        Family(each.name, each.kind, each.help, each.columns, [renamed(series) for series in each.series])
+        for each in snapshot.families
+    ]
+    replica = snapshot.replica
+    if replica is not None:
+        replica = msgspec.structs.replace(replica, **{label: value})
+    return Snapshot(families, replica)
+
+
 def encode(snapshot: Snapshot) -> bytes:
     """As msgpack."""
     return msgspec.msgpack.encode(snapshot)

@@ -21,6 +21,7 @@ from ridgewalk.replica.expert_load_recorder import make_expert_load_recorder
 from ridgewalk.replica.peer_metrics import ReplicaMetrics
 from ridgewalk.replica.protocol import ChannelAddress, GenerateCall, GenerateReply, Introduction, ReplyStatus
 from ridgewalk.replica.ray_ranks import RayRanks
+from ridgewalk.replica.serve_rank import serve_rank
 from ridgewalk.replica.zmq_executor import LoadProgress, ZmqExecutor
 
 logger = logging.getLogger(__name__)
@@ -47,7 +48,7 @@ class EngineReplica:
             plan.kv_tokens, plan.weight_bytes / 2**20, describe_expert_balance(config),
         )  # fmt: skip
         peaks = HardwarePeaks(config.peak_flops_per_rank, config.peak_bandwidth_per_rank)
-        self._metrics = EngineMetrics(config, str(context.rank.rank), spec, peaks, keeps_fp8=plan.keeps_fp8)
+        self._metrics = EngineMetrics(config, serve_rank(), spec, peaks, keeps_fp8=plan.keeps_fp8)
         self._loop = EngineLoop(
             config.scheduler_config(executor.num_blocks),
             executor,
@@ -85,7 +86,7 @@ class EngineReplica:
         """This replica's `ReplicaMetrics`, or None if another replica was meant."""
         if replica_id != self._id:
             return None
-        return msgspec.msgpack.encode(ReplicaMetrics(self._metrics.snapshot(), self._loop.ingresses()))
+        return msgspec.msgpack.encode(ReplicaMetrics(self._metrics.snapshot(serve_rank()), self._loop.ingresses()))
 
     def check_health(self) -> None:
         """Serve replaces a replica for which this raises."""
