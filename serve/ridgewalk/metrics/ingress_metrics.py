@@ -18,8 +18,8 @@ class IngressMetrics(Collector):
     """Implements `api.observer.RequestObserver`, and counts routing decisions.
 
     ``ingress`` is Serve's rank of the ingress replica, ``current_rank`` gives the one that it has now. It is a label of
-    its own: were counters of several ingresses summed under equal labels, the sum would fall when one of them restarts,
-    which Prometheus takes for a reset to zero and counts all the others' totals again. ``model_names`` have their series
+    its own: were counters of several ingresses summed under equal labels, the sum would fall when one restarts,
+    which Prometheus takes for a reset to zero and counts all the others' totals again. ``model_names`` have series
     from the start, so that rates see the first event.
     """
 
