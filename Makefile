@@ -26,11 +26,14 @@ lint: $(READY)
 dashboards: $(READY)
 	$(BIN)/python -m monitoring.grafana.generate
 
-# --no-compile halves the time: most of what is installed is never imported.
+# --no-compile: most of what is installed is never imported. uv installs the rest in a fifth of pip's time; where it does
+# not reach an index (it does not read pip's settings) pip does it.
 $(READY): pyproject.toml
-	@echo "setting up $(VENV): about a minute"
+	@echo "setting up $(VENV)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check torch==2.13.0
+	$(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check uv || true
+	$(BIN)/uv pip install --quiet --python $(BIN)/python -e '.[test]' || \
 	$(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check -e '.[test]'
 	touch $(READY)
 

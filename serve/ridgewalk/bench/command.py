@@ -113,7 +113,7 @@ def bench(
             if program is None:
                 environment = aiperf_env or default_folder()
                 if not is_whole(environment):
-                    console.print(f"setting up aiperf in {escape(str(environment))}, once: about a minute")
+                    console.print(f"setting up aiperf in {escape(str(environment))}, once")
                 with console.status("aiperf") as status:
                     program = ensure_aiperf(environment, lambda line: status.update(escape(line)))
             console.print(_about(endpoint.model, endpoint.url, endpoint.placement, work.name, len(work.requests)))
