@@ -75,7 +75,7 @@ def ensure_aiperf(folder: Path, say: Callable[[str], None]) -> Path:
 
 
 def _install(folder: Path, say: Callable[[str], None]) -> None:
-    """By uv, which takes a tenth of pip's time; by pip where uv does not reach an index, as behind pip's own settings."""
+    """By uv, in a tenth of pip's time; by pip where uv does not reach an index, as behind pip's own settings."""
     python, wanted = str(folder / "bin" / "python"), f"aiperf=={AIPERF_VERSION}"
     pip = [python, "-m", "pip", "install", "--no-compile", "--progress-bar", "off"]
     pip += ["--disable-pip-version-check", "--no-input"]
