@@ -11,8 +11,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from ridgewalk.engine.core import EngineCore
 from ridgewalk.engine.request import FinishReason, Request
 from ridgewalk.engine.sampling import SamplingParams
-from ridgewalk.engine.scheduler import StepResult
 from ridgewalk.engine.scheduler_config import SchedulerConfig
+from ridgewalk.engine.step_result import StepResult
 from tests.engine.fake_ranks import FakeExecutor, next_token
 
 

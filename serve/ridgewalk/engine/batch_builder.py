@@ -9,7 +9,8 @@ from ridgewalk.engine.step import NO_TOKEN, PLACEHOLDER_TOKEN, GroupBatch, NewSe
 class BatchBuilder:
     """Tracks which sequences, blocks and tokens the ranks hold, and sends the difference."""
 
-    def __init__(self, num_groups: int) -> None:
+    def __init__(self, num_groups: int, counts_only: bool = False) -> None:
+        self._counts_only = counts_only
         self._dropped: list[list[int]] = [[] for _ in range(num_groups)]
 
     def forget(self, request: Request) -> None:
@@ -24,6 +25,9 @@ class BatchBuilder:
         """The message for ``rows`` of (request, tokens to compute), before the requests are advanced."""
         batch = GroupBatch([], [], [], [], [], [], [], self._dropped[group])
         self._dropped[group] = []
+        if self._counts_only:
+            _add_counts(batch, rows)
+            return batch
         for request, num_tokens in rows:
             self._add(batch, request, num_tokens)
         return batch
@@ -46,3 +50,12 @@ class BatchBuilder:
         batch.last_token_ids.append(last_token)
         batch.samples.append(num_tokens == request.num_tokens_to_compute)
         request.num_blocks_sent = len(request.block_ids)
+
+
+def _add_counts(batch: GroupBatch, rows: list[tuple[Request, int]]) -> None:
+    """What a simulation reads of a step: which sequences, how far they are, how much is computed."""
+    for request, num_tokens in rows:
+        batch.seq_ids.append(request.seq_id)
+        batch.num_computed_tokens.append(request.num_computed_tokens)
+        batch.num_scheduled_tokens.append(num_tokens)
+        batch.samples.append(num_tokens == request.num_tokens_to_compute)

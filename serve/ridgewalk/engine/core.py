@@ -8,9 +8,10 @@ from collections.abc import Callable
 from ridgewalk.engine.executor import Executor
 from ridgewalk.engine.request import FinishReason, Request
 from ridgewalk.engine.sampling import SamplingParams
-from ridgewalk.engine.scheduler import Scheduler, StepResult
+from ridgewalk.engine.scheduler import Scheduler
 from ridgewalk.engine.scheduler_config import SchedulerConfig
 from ridgewalk.engine.stats import EngineStats, snapshot
+from ridgewalk.engine.step_result import StepResult
 
 MEASURE_EVERY = 17
 """One step in so many is timed on every rank: often enough for a 1 s scrape, under 1 % of the step time. Prime: the

@@ -9,51 +9,21 @@ micro-batches of a pipeline: see `micro_batches`.
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Collection
 from dataclasses import dataclass, field
 
+from ridgewalk.engine.advance import advance, rounds_until_event
 from ridgewalk.engine.batch_builder import BatchBuilder
 from ridgewalk.engine.kv_cache_manager import KVCacheManager, PrefixHit
 from ridgewalk.engine.micro_batches import row_limit
 from ridgewalk.engine.request import FinishReason, Request, RequestStatus
 from ridgewalk.engine.scheduler_config import SchedulerConfig
-from ridgewalk.engine.step import NO_TOKEN, GroupBatch, GroupOutput, StepInput, StepOutput, TokenLogprobs
+from ridgewalk.engine.step import NO_TOKEN, GroupBatch, GroupOutput, StepInput, StepOutput
+from ridgewalk.engine.step_result import NewToken, SchedulerCounters, StepResult
 
 
 class RequestTooLargeError(ValueError):
     """The request could not be served even by an idle replica."""
-
-
-@dataclass(frozen=True)
-class NewToken:
-    """One token that a step gave one request."""
-
-    request: Request
-    offset: int  # its position in the request's output
-    token_id: int
-    logprobs: TokenLogprobs | None
-
-
-@dataclass(frozen=True)
-class StepResult:
-    """What one step changed: the tokens it sampled and the requests that ended by them."""
-
-    step_id: int
-    new_tokens: list[NewToken]
-    ended: list[Request]
-
-
-@dataclass
-class SchedulerCounters:
-    """Totals since the start; they only grow."""
-
-    num_preemptions: int = 0
-    recomputed_tokens: int = 0
-    prefix_cache_queries: int = 0  # prompt tokens looked up
-    prefix_cache_hits: int = 0  # of these, found
-    prompt_tokens: int = 0
-    generation_tokens: int = 0
-    computed_tokens: int = 0  # recomputed ones included
-    steps: int = 0
 
 
 @dataclass(eq=False)
@@ -98,15 +68,12 @@ class Scheduler:
 
     def __init__(self, config: SchedulerConfig) -> None:
         self.config = config
-        self.groups = [
-            AttentionGroup(KVCacheManager(config.num_blocks, config.block_size, config.enable_prefix_caching))
-            for _ in range(config.num_groups)
-        ]
+        self.groups = [AttentionGroup(KVCacheManager.of(config)) for _ in range(config.num_groups)]
         self.waiting: deque[Request] = deque()
         self.counters = SchedulerCounters()
         self._requests: dict[int, Request] = {}  # by seq_id, until they end
         self._in_flight: deque[tuple[int, list[list[tuple[Request, bool]]]]] = deque()  # step_id, rows by group
-        self._builder = BatchBuilder(config.num_groups)
+        self._builder = BatchBuilder(config.num_groups, config.counts_only)
         self._next_step_id = 0
 
     # -- requests ---------------------------------------------------------------------------------------------------
@@ -204,6 +171,32 @@ class Scheduler:
             self._update_group(rows, group_output, result)
         return result
 
+    def rounds_until_event(self) -> int:
+        """Decode rounds ahead that are alike and may be applied at once: see `ridgewalk.engine.advance`."""
+        return rounds_until_event(self)
+
+    def advance(self, rounds: int, stopped: Collection[Request] = ()) -> list[Request]:
+        """Apply decode rounds (with `counts_only`); returns who ends with the last, those of ``stopped`` among them."""
+        return advance(self, rounds, stopped)
+
+    def sizes_in_flight(self, index: int) -> list[int]:
+        """Sequences of a group that each step in flight samples for, oldest first; those that have ended aside."""
+        return [
+            sum(samples and request.status is not RequestStatus.ENDED for request, samples in groups[index])
+            for _, groups in self._in_flight
+        ]
+
+    def renumber_in_flight(self, num_steps: int) -> None:
+        """The steps in flight have gone round: they are ``num_steps`` later ones of the same sequences."""
+        for _ in range(len(self._in_flight)):
+            step_id, groups = self._in_flight.popleft()
+            for group, rows in zip(self.groups, groups, strict=True):
+                position = {request.seq_id: at for at, request in enumerate(group.running)}
+                rows.sort(key=lambda row: position[row[0].seq_id])
+            self._in_flight.append((step_id + num_steps, groups))
+        self._next_step_id += num_steps
+        self.counters.steps += num_steps
+
     # -- scheduling -------------------------------------------------------------------------------------------------
 
     def _schedule_running(self, plan: _Plan) -> bool:
@@ -279,13 +272,9 @@ class Scheduler:
         if not self.config.micro_batches:
             return self.config.max_num_seqs
         index = self.groups.index(group)
-        open_sizes = [
-            sum(samples and request.status is not RequestStatus.ENDED for request, samples in groups[index])
-            for _, groups in self._in_flight
-        ]
         num_prefilling = sum(request.is_prefilling for request in group.running)
         num_sequences = len(group.running) - num_prefilling + num_admissible
-        return num_prefilling + row_limit(num_sequences, open_sizes, self.config.max_steps_in_flight)
+        return num_prefilling + row_limit(num_sequences, self.sizes_in_flight(index), self.config.max_steps_in_flight)
 
     def _raise_row_limits(self, plans: list[_Plan]) -> None:
         if self.config.micro_batches:

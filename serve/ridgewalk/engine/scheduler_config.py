@@ -22,6 +22,7 @@ class SchedulerConfig:
     schedule_ahead: bool = False  # a sequence may be in several steps in flight (placeholders); needs one stage
     num_groups: int = 1  # attention groups of the replica
     enable_prefix_caching: bool = True
+    counts_only: bool = False  # simulations: tokens and blocks are counted, and have no ids
 
     @property
     def micro_batches(self) -> bool:
@@ -33,6 +34,10 @@ class SchedulerConfig:
                      "max_steps_in_flight", "num_groups"):  # fmt: skip
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.counts_only and self.enable_prefix_caching:
+            raise ValueError(
+                "counts_only finds no prefix again: its tokens have no ids; turn enable_prefix_caching off"
+            )
         if self.max_model_len > self.num_blocks * self.block_size:
             raise ValueError(
                 f"one sequence of max_model_len {self.max_model_len} tokens does not fit in {self.num_blocks} blocks "

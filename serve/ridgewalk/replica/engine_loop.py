@@ -15,10 +15,11 @@ import zmq
 from ridgewalk.engine.core import EngineCore
 from ridgewalk.engine.executor import Executor, ExecutorError
 from ridgewalk.engine.request import FinishReason, Request
-from ridgewalk.engine.scheduler import NewToken, RequestTooLargeError, StepResult
+from ridgewalk.engine.scheduler import RequestTooLargeError
 from ridgewalk.engine.scheduler_config import SchedulerConfig
 from ridgewalk.engine.stats import EngineStats
 from ridgewalk.engine.step import RankTimings
+from ridgewalk.engine.step_result import NewToken, StepResult
 from ridgewalk.replica.call_ledger import CallLedger, CallRecord
 from ridgewalk.replica.channel_server import ChannelServer
 from ridgewalk.replica.command_queue import CommandQueue

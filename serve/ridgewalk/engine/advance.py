@@ -1,0 +1,158 @@
+"""Many identical decode steps at once, for simulations: what `Scheduler.advance` does.
+
+While every running sequence only decodes, nothing can be admitted and the KV cache has room, a step is like the one
+before: each sequence gets one token. Such *rounds* are applied in bulk. In a pipeline a round is one step of each
+micro-batch; the state between rounds is the one after an `update`, with all micro-batches but one in flight.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection
+from typing import TYPE_CHECKING
+
+from ridgewalk.engine.micro_batches import row_limit
+from ridgewalk.engine.request import FinishReason, Request
+
+if TYPE_CHECKING:
+    from ridgewalk.engine.scheduler import AttentionGroup, Scheduler
+
+
+def rounds_until_event(scheduler: Scheduler) -> int:
+    """Rounds that are certain to be alike: until KV runs out or a sequence reaches its ``max_tokens``.
+
+    0: the next step is no pure decode step of everybody (a prompt, an admission, a preemption), or micro-batches are
+    uneven. An arrival changes the answer, and so does a sequence that samples a stop token: only the ranks know it.
+    """
+    num_running = scheduler.num_running
+    if not num_running or (scheduler.config.schedule_ahead and scheduler.config.max_steps_in_flight > 1):
+        return 0
+    if not all(_decodes(scheduler, group) for group in scheduler.groups) or not _rotates(scheduler):
+        return 0
+    if scheduler.waiting and (_may_admit(scheduler) or _pauses(scheduler)):
+        return 0
+    rounds = min(
+        request.sampling.max_tokens - request.num_output_tokens
+        for group in scheduler.groups
+        for request in group.running
+    )
+    if scheduler.num_in_flight:
+        rounds -= 1  # in a pipeline a sequence must not end in a bulk: see `advance`
+    return min(_rounds_of_room(group, rounds) for group in scheduler.groups)
+
+
+def advance(scheduler: Scheduler, rounds: int, stopped: Collection[Request] = ()) -> list[Request]:
+    """Apply ``rounds`` rounds, at most `rounds_until_event`; the requests that end with them, in order.
+
+    ``stopped``: those whose last token is a stop token. In a pipeline none may end: there a sequence ends within a
+    round, in the step of its micro-batch, which changes the rest of the round.
+
+    Raises:
+        ValueError: it would end a sequence in the middle of a pipeline's round.
+    """
+    if not scheduler.config.counts_only:
+        raise ValueError("advance() samples nothing: it needs counts_only")
+    steps_a_round = 1 + scheduler.num_in_flight
+    ending = [
+        request
+        for group in scheduler.groups
+        for request in group.running
+        if request in stopped or request.num_output_tokens + rounds >= request.sampling.max_tokens
+    ]
+    if ending and steps_a_round > 1:
+        raise ValueError("a sequence ends within the last round of a pipeline; advance by fewer rounds")
+    for group in scheduler.groups:
+        _note_throttling(scheduler, group, rounds * steps_a_round)
+        _grow(scheduler, group, rounds)
+    scheduler.renumber_in_flight(rounds * steps_a_round)
+    for request in ending:
+        scheduler.finish(request.seq_id, FinishReason.STOP if request in stopped else FinishReason.LENGTH)
+    return ending
+
+
+def _decodes(scheduler: Scheduler, group: AttentionGroup) -> bool:
+    """Whether every running sequence has one token to compute, or a step in flight that samples its next."""
+    if scheduler.num_in_flight == 0 and len(group.running) > scheduler.config.max_num_batched_tokens:
+        return False
+    return all(
+        request.num_tokens_to_compute == 1 and request.num_in_flight == request.num_placeholders
+        for request in group.running
+    )
+
+
+def _rotates(scheduler: Scheduler) -> bool:
+    """Whether each micro-batch, when its turn comes, may take all its sequences again; one's turn is now."""
+    if not scheduler.config.micro_batches:
+        return scheduler.num_in_flight == 0
+    if all(request.num_in_flight for group in scheduler.groups for request in group.running):
+        return False
+    for index, group in enumerate(scheduler.groups):
+        sizes = scheduler.sizes_in_flight(index)
+        sizes.append(len(group.running) - sum(sizes))
+        for turn, size in enumerate(sizes):
+            others = sizes[:turn] + sizes[turn + 1 :]
+            limit = row_limit(len(group.running), others, scheduler.config.max_steps_in_flight)
+            if size > min(limit, scheduler.config.max_num_batched_tokens):
+                return False
+    return True
+
+
+def _seats_left(scheduler: Scheduler, group: AttentionGroup) -> bool:
+    """Whether the scheduler asks, in such a step, if the group has KV for the first waiting request."""
+    config, num_running = scheduler.config, len(group.running)
+    if num_running >= config.max_num_seqs:
+        return False
+    return config.micro_batches or num_running < config.max_num_batched_tokens
+
+
+def _may_admit(scheduler: Scheduler) -> bool:
+    head = scheduler.waiting[0]
+    return any(
+        group.kv.can_admit(head, group.kv.find_prefix(head))
+        for group in scheduler.groups
+        if _seats_left(scheduler, group)
+    )
+
+
+def _pauses(scheduler: Scheduler) -> bool:
+    """Whether the engine asks for steps in vain between these, each time noting that KV is short."""
+    config = scheduler.config
+    return config.micro_batches and scheduler.num_in_flight + 1 < config.max_steps_in_flight
+
+
+def _rounds_of_room(group: AttentionGroup, rounds: int) -> int:
+    """At most ``rounds``: those for which the group has blocks."""
+    size, available = group.kv.block_size, group.kv.pool.num_available
+    room = Counter(len(request.block_ids) * size - request.num_computed_tokens for request in group.running)
+
+    def missing(after: int) -> int:
+        return sum(-(-max(0, after - slots) // size) * count for slots, count in room.items())
+
+    if missing(rounds) <= available:
+        return rounds
+    low, high = 0, rounds
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if missing(middle) <= available else (low, middle)
+    return low
+
+
+def _note_throttling(scheduler: Scheduler, group: AttentionGroup, num_steps: int) -> None:
+    group.throttled = bool(scheduler.waiting) and _seats_left(scheduler, group)
+    group.num_throttled += group.throttled * num_steps
+
+
+def _grow(scheduler: Scheduler, group: AttentionGroup, rounds: int) -> None:
+    counters = scheduler.counters
+    for request in group.running:
+        # A step in flight has computed its token already: the last round's is computed by the step then in flight.
+        before = request.num_computed_tokens
+        request.num_computed_tokens = after = before + rounds
+        if not group.kv.grow(request, after):
+            raise ValueError(f"advance() by {rounds} rounds, for which there is no KV cache")
+        counters.recomputed_tokens += max(0, min(request.max_computed_tokens, after) - before)
+        request.max_computed_tokens = max(request.max_computed_tokens, after)
+        request.token_ids += [0] * rounds
+    tokens = rounds * len(group.running)
+    counters.computed_tokens += tokens
+    counters.generation_tokens += tokens
