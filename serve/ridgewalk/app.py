@@ -29,7 +29,7 @@ from ridgewalk.config import (
 from ridgewalk.model_source import find_model
 from ridgewalk.placement.expert_load import read_expert_load, read_recorded
 from ridgewalk.placement.expert_map import balanced_expert_map, imbalance, uniform_expert_map
-from ridgewalk.placement.memory import MemoryPlan
+from ridgewalk.placement.memory import MemoryPlan, MemoryPlanError
 from ridgewalk.placement.model_spec import ModelSpec, validate_mesh
 from ridgewalk.placement.moe_spec import MoESpec
 from ridgewalk.replica.engine_config import EngineConfig
@@ -263,10 +263,22 @@ def _resolve_placement(
     plan = None
     available = host.memory if engine.device == "cpu" else None
     if available is not None or engine.memory is not None or engine.num_blocks is not None:
-        # Whether devices multiply FP8 only the ranks can tell. Assume so: what then does not fit, never does.
-        plan = size_cache(engine, spec, available, keeps_fp8=engine.device == "cuda")
+        plan = _size_cache(engine, spec, available)
         engine.scheduler_config(plan.num_blocks)  # refuses limits that cannot work
     return PlannedPlacement(_deployment_name(name, placement.name), placement.num_replicas, engine, plan)
+
+
+def _size_cache(engine: EngineConfig, spec: ModelSpec, available: int | None) -> MemoryPlan:
+    """Whether devices multiply FP8 only the ranks can tell: what fits in neither way is refused now.
+
+    Either may take more: BF16 has twice the weights, FP8 room for dequantizing what is not whole blocks.
+    """
+    if engine.device == "cuda" and spec.fp8_block is not None:
+        try:
+            return size_cache(engine, spec, available, keeps_fp8=True)
+        except MemoryPlanError:
+            pass
+    return size_cache(engine, spec, available)
 
 
 def _check_record(path: Path, name: str, moe: MoESpec, *, is_this_machines: bool) -> None:

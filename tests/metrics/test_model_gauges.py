@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 
 from ridgewalk.engine.stats import GroupStats
 from ridgewalk.metrics.model_gauges import capacity_trap, stranded_ratio
 from ridgewalk.metrics.replica_state import weight_bytes
 from ridgewalk.metrics.snapshot import GroupState, ReplicaState
+from ridgewalk.placement.model_spec import ModelSpec
 from tests.metrics.builders import Clock, make_config, make_metrics, make_spec, make_stats, scrape, value
+from tests.placement import hub_configs
 
 
 def replica(available: int, starved: float | None = None, head: int = 0, seat: bool = True) -> ReplicaState:
@@ -77,6 +81,16 @@ def test_repeated_kv_heads_are_copies_and_vocabulary_padding_is_not() -> None:
     spec = make_spec(vocab_size=63)
     held, unique = weight_bytes(make_config(4), spec)
     assert held - unique == (3 * 5 * 8 + 2 * 2 * 2 * 8 * 2) * 4
+
+
+def test_weights_that_a_mesh_has_to_widen_are_no_copies() -> None:
+    """TP4 cuts experts of 768 into 192, which are not whole blocks of FP8: one rank alone keeps them."""
+    spec = dataclasses.replace(ModelSpec.from_config(hub_configs.QWEN3_30B_A3B), fp8_block=(128, 128))
+    held, unique = weight_bytes(make_config(4, dtype="bfloat16"), spec, keeps_fp8=True)
+    assert held - unique < 0.01 * unique
+    held, unique = weight_bytes(make_config(2, dtype="bfloat16"), spec, keeps_fp8=True)
+    assert held - unique < 0.01 * unique
+    assert unique < 1.1 * spec.num_parameters  # bytes: these are kept
 
 
 def test_replicas_replicate_the_whole_model() -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 from ridgewalk.engine.step import NO_TOKEN, PLACEHOLDER_TOKEN, GroupBatch, NewSequence, StepInput
+from ridgewalk.kernels.block_scales import block_linear
+from ridgewalk.kernels.cuda_fp8 import scaled_linear
 from ridgewalk.model import decoder as decoder_module
 from ridgewalk.model import runner as runner_module
 from ridgewalk.model.moe import MoE
@@ -15,8 +18,9 @@ from ridgewalk.model.phase_clock import PhaseClock
 from ridgewalk.model.runner import create_runner, multiplies_fp8
 from ridgewalk.model.sequence_table import StepError
 from ridgewalk.placement.mesh import Mesh
-from ridgewalk.placement.model_spec import UnsupportedModelError
+from ridgewalk.placement.model_spec import ModelSpec, UnsupportedModelError
 from tests.model.driver import GREEDY, Driver, RunnerGroup, Sequence, make_config
+from tests.placement import hub_configs
 
 EMPTY = GroupBatch([], [], [], [], [], [], [], [])
 NUM_BLOCKS = 40
@@ -273,8 +277,11 @@ def test_mesh_that_does_not_fit_is_refused_before_anything_connects(checkpoint):
         create_runner(make_config(checkpoint("qwen3").folder, tp=3))
 
 
-@pytest.mark.parametrize(("capability", "expected"), [((8, 0), False), ((8, 9), True), ((9, 0), True), ((10, 0), True)])
-def test_fp8_is_multiplied_from_capability_8_9_on(monkeypatch, capability, expected):
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    assert multiplies_fp8("cuda") is expected
-    assert not multiplies_fp8("cpu")
+@pytest.mark.parametrize("product", [scaled_linear, block_linear])
+def test_fp8_is_kept_where_a_product_for_its_blocks_works(monkeypatch, product):
+    """A device that could only dequantize in every step does it once, on the way in."""
+    spec = dataclasses.replace(ModelSpec.from_config(hub_configs.QWEN3_0_6B), fp8_block=(128, 128))
+    monkeypatch.setattr(runner_module, "probe_fp8_linear", lambda block, dtype, device: product)
+    assert multiplies_fp8("cuda", spec, "bfloat16") is (product is scaled_linear)
+    assert not multiplies_fp8("cpu", spec, "bfloat16")
+    assert not multiplies_fp8("cuda", dataclasses.replace(spec, fp8_block=None), "bfloat16")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ridgewalk.metrics.snapshot import GroupState, ReplicaState
+from ridgewalk.placement.fp8_weights import kept_block, same_in_fp8
 from ridgewalk.placement.mesh import Mesh
 
 if TYPE_CHECKING:
@@ -58,7 +59,10 @@ class ReplicaStateTracker:
 def weight_bytes(config: EngineConfig, spec: ModelSpec, keeps_fp8: bool = False) -> tuple[int, int]:
     """Bytes of weights that a replica's ranks hold together, and of the model itself.
 
-    Norms, repeated KV heads, what attention groups share and redundant experts count as often as they are held.
+    Norms, repeated KV heads, what attention groups share and redundant experts count as often as they are held. Where
+    the mesh dequantizes FP8 weights that one rank would keep, both are counted in the compute dtype: wider is no copy.
     """
+    block = kept_block(spec, keeps_fp8)
+    keeps_fp8 = block is not None and same_in_fp8(spec, config.mesh, block, config.num_redundant_experts)
     held = spec.weight_bytes_of_replica(config.mesh, config.dtype, config.num_redundant_experts, keeps_fp8)
     return held, spec.weight_bytes_of_replica(Mesh(), config.dtype, keeps_fp8=keeps_fp8)

@@ -20,7 +20,9 @@ from ridgewalk.engine.step import (
     StepInput,
     TokenLogprobs,
 )
+from ridgewalk.kernels.block_scales import block_linear
 from ridgewalk.kernels.build import load_library
+from ridgewalk.kernels.cuda_fp8 import probe_fp8_linear
 from ridgewalk.kernels.kernel_set import KernelSet
 from ridgewalk.kernels.select import select_kernels
 from ridgewalk.model.attention import rank_heads
@@ -73,10 +75,15 @@ def device_memory(device: str) -> tuple[int, int]:
     return total, free
 
 
-def multiplies_fp8(device: str) -> bool:
-    """Whether a device has products of FP8 matrices: CUDA from compute capability 8.9 on."""
+def multiplies_fp8(device: str, spec: ModelSpec, dtype: str) -> bool:
+    """Whether a device has a product that works for a checkpoint's FP8 weights, found by trying it.
+
+    Without one they are dequantized on the way in: once, and not in every step.
+    """
     found = torch.device(device)
-    return found.type == "cuda" and torch.cuda.get_device_capability(found) >= (8, 9)
+    if found.type != "cuda" or spec.fp8_block is None:
+        return False
+    return probe_fp8_linear(spec.fp8_block, getattr(torch, dtype), found) is not block_linear
 
 
 class ModelRunner:

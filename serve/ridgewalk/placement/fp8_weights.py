@@ -73,6 +73,17 @@ def kept_in_fp8(
     return sum(item.num_parameters for item in kept), sum(item.num_scales(block) for item in kept)
 
 
+def same_in_fp8(spec: ModelSpec, mesh: Mesh, block: tuple[int, int], num_redundant_experts: int = 0) -> bool:
+    """Whether the ranks of a mesh keep the very matrices in FP8 that one rank alone would."""
+    return all(
+        shared.keeps(block) == alone.keeps(block)
+        for layer in range(spec.num_layers)
+        for shared, alone in zip(
+            _quantized(spec, mesh, layer, num_redundant_experts), _quantized(spec, Mesh(), layer, 0), strict=True
+        )
+    )
+
+
 def _quantized(spec: ModelSpec, mesh: Mesh, layer: int, num_redundant_experts: int) -> Iterator[StackedMatrices]:
     """The projections of a layer, but for ``kv_b``: it is cut per head, so that it is always dequantized."""
     hidden, tp, heads = spec.hidden_size, mesh.tp, spec.num_heads_per_rank(mesh.tp)

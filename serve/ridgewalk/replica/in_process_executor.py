@@ -19,7 +19,7 @@ class InProcessExecutor:
         if config.world_size != 1:
             raise ValueError(f"the in-process executor runs one rank, not {config.world_size}; use spawned ranks")
         available = device_memory(config.device)[0] if config.device == "cuda" else memory_bytes()
-        keeps_fp8 = multiplies_fp8(config.device)
+        keeps_fp8 = multiplies_fp8(config.device, spec, config.dtype)
         self.memory_plan = size_cache(config, spec, available, keeps_fp8)
         threads = num_threads(config, 1)
         self._runner = create_runner(config.runner_config(rank=0, num_threads=threads, keeps_fp8=keeps_fp8))

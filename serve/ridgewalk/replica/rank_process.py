@@ -14,6 +14,7 @@ import msgspec
 import zmq
 
 from ridgewalk.logs import configure_logging
+from ridgewalk.placement.model_spec import ModelSpec
 from ridgewalk.replica.host import free_port, memory_bytes
 from ridgewalk.replica.rank_protocol import (
     Begin,
@@ -95,7 +96,7 @@ def _serve(launch: RankLaunch, connection: RankConnection) -> None:
     engine = launch.engine
     memory = device_memory(engine.device)[0] if engine.device == "cuda" else memory_bytes()
     address = connection.local_address()
-    fp8 = multiplies_fp8(engine.device)
+    fp8 = multiplies_fp8(engine.device, ModelSpec.from_folder(engine.model_path), engine.dtype)
     connection.send(Hello(launch.rank, os.getpid(), address, free_port(), memory, socket.gethostname(), fp8))
     begin = connection.receive()
     if not isinstance(begin, Begin):

@@ -30,7 +30,7 @@ class Hello(msgspec.Struct, frozen=True, tag="hello"):
     free_port: int  # on that host; the first rank's is where the process group meets
     memory_bytes: int  # of the device (CUDA), or of the host or its container (CPU)
     host: str  # ranks with equal names share memory
-    multiplies_fp8: bool  # the device has products of FP8 matrices
+    multiplies_fp8: bool  # the device has a product for the model's FP8 weights
 
 
 class Loading(msgspec.Struct, frozen=True, tag="loading"):
