@@ -142,6 +142,7 @@ def lives(draw: st.DrawFn) -> tuple[SchedulerConfig, list[Arrival]]:
         max_steps_in_flight=draw(st.integers(1, 4)),
         num_groups=draw(st.integers(1, 3)),
         enable_prefix_caching=False,
+        admission=draw(st.sampled_from(("prompt_only", "predictive"))),
     )
     arrivals = []
     for _ in range(draw(st.integers(1, 12))):

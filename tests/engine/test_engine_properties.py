@@ -11,7 +11,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from ridgewalk.engine.core import EngineCore
 from ridgewalk.engine.request import FinishReason, Request
 from ridgewalk.engine.sampling import SamplingParams
-from ridgewalk.engine.scheduler_config import SchedulerConfig
+from ridgewalk.engine.scheduler_config import AdmissionName, SchedulerConfig
 from ridgewalk.engine.step_result import StepResult
 from tests.engine.fake_ranks import FakeExecutor, next_token
 
@@ -36,6 +36,7 @@ class EngineLife(RuleBasedStateMachine):
         num_stages=st.integers(1, 3),
         num_groups=st.integers(1, 3),
         caching=st.booleans(),
+        admission=st.sampled_from(["prompt_only", "predictive"]),
     )
     def start(
         self,
@@ -48,6 +49,7 @@ class EngineLife(RuleBasedStateMachine):
         num_stages: int,
         num_groups: int,
         caching: bool,
+        admission: AdmissionName,
     ) -> None:
         config = SchedulerConfig(
             num_blocks=num_blocks,
@@ -59,6 +61,7 @@ class EngineLife(RuleBasedStateMachine):
             schedule_ahead=schedule_ahead and num_stages == 1,
             num_groups=num_groups,
             enable_prefix_caching=caching,
+            admission=admission,
         )
         self.now = 0.0
         self.executor = FakeExecutor(block_size, num_groups, num_stages=num_stages)
@@ -69,12 +72,13 @@ class EngineLife(RuleBasedStateMachine):
     @rule(
         prompt=st.lists(st.integers(0, 1), min_size=1, max_size=8),  # two tokens: prefixes are shared often
         max_tokens=st.integers(1, 12),
+        stops=st.booleans(),
     )
-    def arrive(self, prompt: list[int], max_tokens: int) -> None:
+    def arrive(self, prompt: list[int], max_tokens: int, stops: bool) -> None:
         limit = self.core.scheduler.config.max_model_len
         max_tokens = min(max_tokens, limit - len(prompt))
         if max_tokens >= 1:
-            sampling = SamplingParams(max_tokens=max_tokens)
+            sampling = SamplingParams(max_tokens=max_tokens, stop_token_ids=tuple(range(150)) if stops else ())
             self.requests.append(self.core.add(f"r{len(self.requests)}", 0, prompt, sampling))
 
     @rule()
@@ -134,11 +138,14 @@ TestEngineLife = EngineLife.TestCase
     prompts=st.lists(st.lists(st.integers(0, 5), min_size=1, max_size=20), min_size=1, max_size=12),
     num_blocks=st.integers(12, 40),
     budget=st.integers(1, 64),
+    admission=st.sampled_from(["prompt_only", "predictive"]),
 )
 def test_output_does_not_depend_on_batching_or_preemption(
-    prompts: list[list[int]], num_blocks: int, budget: int
+    prompts: list[list[int]], num_blocks: int, budget: int, admission: AdmissionName
 ) -> None:
-    config = SchedulerConfig(num_blocks, block_size=4, max_model_len=44, max_num_batched_tokens=budget)
+    config = SchedulerConfig(
+        num_blocks, block_size=4, max_model_len=44, max_num_batched_tokens=budget, admission=admission
+    )
     core = EngineCore(config, FakeExecutor(4), lambda: 0.0)
     requests = [core.add(str(i), 0, prompt, SamplingParams(max_tokens=20)) for i, prompt in enumerate(prompts)]
     while core.has_work:

@@ -38,6 +38,9 @@ def rounds_until_event(scheduler: Scheduler) -> int:
     )
     if scheduler.num_in_flight:
         rounds -= 1  # in a pipeline a sequence must not end in a bulk: see `advance`
+    if scheduler.waiting:  # the policy asks again now and then whether the first of them may begin
+        steps = scheduler.admission.answer_stands(scheduler.counters.steps)
+        rounds = min(rounds, steps // (1 + scheduler.num_in_flight))
     return min(_rounds_of_room(group, rounds) for group in scheduler.groups)
 
 
@@ -107,8 +110,9 @@ def _seats_left(scheduler: Scheduler, group: AttentionGroup) -> bool:
 
 def _may_admit(scheduler: Scheduler) -> bool:
     head = scheduler.waiting[0]
+    scheduler.admission.prepare(scheduler.groups, scheduler.counters.steps)
     return any(
-        group.kv.can_admit(head, group.kv.find_prefix(head))
+        group.kv.can_admit(head, hit := group.kv.find_prefix(head)) and scheduler.admission.admits(head, group, hit)
         for group in scheduler.groups
         if _seats_left(scheduler, group)
     )

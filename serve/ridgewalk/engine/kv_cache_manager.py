@@ -68,6 +68,7 @@ class KVCacheManager:
         request.block_ids = hit.blocks + fresh
         request.num_computed_tokens = hit.num_tokens
         request.num_published_blocks = len(hit.blocks)
+        request.num_shared_blocks = len(hit.blocks) - hit.num_unreferenced
 
     def grow(self, request: Request, num_tokens: int) -> bool:
         """Extend the block table to hold ``num_tokens`` tokens; False (and nothing changed) when blocks are short."""

@@ -53,11 +53,17 @@ class Request:
     num_in_flight: int = 0  # steps scheduled and not yet updated that include it
     num_cached_tokens: int = 0  # prompt tokens found cached when first admitted
     num_preemptions: int = 0
+    num_lost_tokens: int = 0  # computed and given up again by preemptions, all of them together
+    num_shared_blocks: int = 0  # of `block_ids`, those that others held when it was admitted
     max_computed_tokens: int = 0  # high-water mark: computing below it again is recomputation
     first_scheduled_time: float | None = None
     held_by_ranks: bool = False  # ranks have its state, so later steps need only name it
     num_blocks_sent: int = 0  # of `block_ids`, those the ranks know
     num_tokens_sent: int = 0  # of `token_ids`, those the ranks know (or fill in themselves)
+    num_resumed_tokens: int = field(init=False)  # output tokens that it came with
+
+    def __post_init__(self) -> None:
+        self.num_resumed_tokens = self.num_output_tokens
 
     @property
     def num_tokens(self) -> int:

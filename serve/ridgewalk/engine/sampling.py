@@ -5,6 +5,15 @@ from __future__ import annotations
 import msgspec
 
 
+class ReasoningBudget(msgspec.Struct, frozen=True, omit_defaults=True):
+    """How long a sequence may think: the token that ends its thinking is forced once it has thought so long."""
+
+    max_tokens: int  # of thinking: from the opening tag to the closing one, the tags themselves not counted
+    open_token_id: int
+    close_token_id: int
+    begins_open: bool = False  # the prompt ends with the opening tag: the output begins with thinking
+
+
 class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True):
     """Sampling of one sequence, in the units of the OpenAI and vLLM APIs.
 
@@ -25,6 +34,8 @@ class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True):
     stop_token_ids: tuple[int, ...] = ()  # end of sequence tokens included, unless the client asked to ignore them
     logprobs: int | None = None  # top alternatives to report per token; 0 reports only the sampled one
     logit_bias: tuple[tuple[int, float], ...] = ()  # (token id, added to its logit)
+    reasoning: ReasoningBudget | None = None  # None: it may think as long as it writes
+    reasoning_effort: str = ""  # low | medium | high as the client put it; its length is predicted by it
 
     @property
     def is_greedy(self) -> bool:

@@ -12,10 +12,12 @@ from collections import deque
 from collections.abc import Collection
 from dataclasses import dataclass, field
 
+from ridgewalk.engine.admission import AdmissionPolicy
 from ridgewalk.engine.advance import advance, rounds_until_event
 from ridgewalk.engine.batch_builder import BatchBuilder
 from ridgewalk.engine.kv_cache_manager import KVCacheManager, PrefixHit
 from ridgewalk.engine.micro_batches import row_limit
+from ridgewalk.engine.predictive_admission import make_admission
 from ridgewalk.engine.request import FinishReason, Request, RequestStatus
 from ridgewalk.engine.scheduler_config import SchedulerConfig
 from ridgewalk.engine.step import NO_TOKEN, GroupBatch, GroupOutput, StepInput, StepOutput
@@ -63,11 +65,13 @@ class _Plan:
 class Scheduler:
     """All queues and KV accounting of one replica.
 
-    Every method is called from one thread. ``now`` is any monotonic time in seconds.
+    Every method is called from one thread. ``now`` is any monotonic time in seconds. ``admission`` is a policy instead
+    of the one that ``config`` names.
     """
 
-    def __init__(self, config: SchedulerConfig) -> None:
+    def __init__(self, config: SchedulerConfig, admission: AdmissionPolicy | None = None) -> None:
         self.config = config
+        self.admission = admission or make_admission(config)
         self.groups = [AttentionGroup(KVCacheManager.of(config)) for _ in range(config.num_groups)]
         self.waiting: deque[Request] = deque()
         self.counters = SchedulerCounters()
@@ -140,6 +144,7 @@ class Scheduler:
             group.throttled = False
         preempted = [self._schedule_running(plan) for plan in plans]
         if self.waiting and not any(preempted):
+            self.admission.prepare(self.groups, self.counters.steps)
             self._raise_row_limits(plans)
             self._schedule_waiting(plans, now)
         for group in self.groups:
@@ -213,7 +218,7 @@ class Scheduler:
             num_tokens = min(request.num_tokens_to_compute, plan.budget)
             while not plan.group.kv.grow(request, request.num_computed_tokens + num_tokens):
                 plan.group.throttled = True
-                victim = plan.group.running[-1]
+                victim = self.admission.victim(plan.group.running)
                 if victim.num_in_flight:
                     break  # its blocks are not free at once: wait for the steps in flight instead
                 preempted = True
@@ -231,9 +236,8 @@ class Scheduler:
             return True
         if self.config.schedule_ahead:
             return request.may_sample_more
-        return (
-            request.num_placeholders == 0
-        )  # chunks of a prompt sample nothing: the next one needs no result of theirs
+        # Chunks of a prompt sample nothing: the next one needs no result of theirs.
+        return request.num_placeholders == 0
 
     def _preempt(self, victim: Request, plan: _Plan) -> None:
         """Take a request's blocks; it starts again from the front of the queue and recomputes what it had."""
@@ -243,6 +247,7 @@ class Scheduler:
             plan.budget += row[1]
         plan.group.kv.release(victim)
         victim.status = RequestStatus.WAITING
+        victim.num_lost_tokens += victim.num_computed_tokens
         victim.num_computed_tokens = 0
         victim.num_preemptions += 1
         self._builder.forget(victim)
@@ -312,7 +317,11 @@ class Scheduler:
         Among equals, the group with most room, and that would forget least.
         """
         hits = [(plan, plan.group.kv.find_prefix(request)) for plan in plans]
-        fitting = [(plan, hit) for plan, hit in hits if plan.group.kv.can_admit(request, hit)]
+        fitting = [
+            (plan, hit)
+            for plan, hit in hits
+            if plan.group.kv.can_admit(request, hit) and self.admission.admits(request, plan.group, hit)
+        ]
 
         def cost(choice: tuple[_Plan, PrefixHit]) -> tuple[int, int, int]:
             group, hit = choice[0].group, choice[1]
@@ -325,6 +334,7 @@ class Scheduler:
         plan.group.kv.admit(request, hit)
         request.status = RequestStatus.RUNNING
         request.group = self.groups.index(plan.group)
+        self.admission.on_admitted(request, plan.group)
         plan.group.running.append(request)
         if request.first_scheduled_time is None:
             request.first_scheduled_time = now
@@ -385,6 +395,7 @@ class Scheduler:
             self._builder.forget(request)
         request.status = RequestStatus.ENDED
         request.finish_reason = reason
+        self.admission.on_ended(request)
         self._release_if_idle(request)
 
     def _release_if_idle(self, request: Request) -> None:

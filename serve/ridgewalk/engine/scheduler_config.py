@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
+
+AdmissionName = Literal["prompt_only", "predictive"]
 
 
 @dataclass(frozen=True)
@@ -22,6 +25,7 @@ class SchedulerConfig:
     schedule_ahead: bool = False  # a sequence may be in several steps in flight (placeholders); needs one stage
     num_groups: int = 1  # attention groups of the replica
     enable_prefix_caching: bool = True
+    admission: AdmissionName = "prompt_only"  # by the KV of known tokens, or by the predicted peak
     counts_only: bool = False  # simulations: tokens and blocks are counted, and have no ids
 
     @property

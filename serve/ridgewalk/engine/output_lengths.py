@@ -1,0 +1,185 @@
+"""How many tokens requests write: survival curves by class, learned from those that ended and those that still run.
+
+The estimate is Kaplan and Meier's (1958) over buckets of lengths (a life table). A stop is an observation; a request
+that was cut at ``max_tokens``, was aborted or still runs only says that it is longer than what it has: it is
+right-censored, and left out of the risk set from there on. One that was resumed joins at the length it came with.
+
+A class is what the scheduler can see: ``max_tokens``, the thinking budget, the effort asked for, the prompt's length.
+Where a class has seen little, its hazard leans on that of the wider class, and the widest on a prior that knows
+nothing: every length up to ``max_tokens`` is as likely.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from ridgewalk.engine.request import FinishReason, Request
+
+Array = npt.NDArray[np.float64]
+
+PRIOR_WEIGHT = 2.0
+"""Requests that the prior counts as, where nothing has been seen."""
+
+BACKOFF_WEIGHT = 8.0
+"""Requests that a wider class counts as, at most, beside those of the class itself."""
+
+MEMORY = 4096
+"""Ended requests after which all counts are halved: loads change."""
+
+MAX_CLASSES = 512
+"""Classes that are told apart; further ones are known by their wider classes alone."""
+
+_ENTERED, _STOPPED, _CENSORED = range(3)
+
+
+def length_grid(longest: int, step: int = 16, growth: float = 1.125) -> npt.NDArray[np.int64]:
+    """Increasing lengths from 0 to ``longest`` in tokens: every ``step`` at first, then ``growth`` times the last."""
+    grid = [0]
+    while grid[-1] < longest:
+        grid.append(min(longest, max(grid[-1] + step, int(grid[-1] * growth))))
+    return np.array(grid, dtype=np.int64)
+
+
+class LengthModel(Protocol):
+    """What admission asks about the lengths of outputs."""
+
+    def limit(self, request: Request) -> int:
+        """Output tokens that the request can have at most."""
+        ...
+
+    def refresh(self, running: Sequence[Request]) -> None:
+        """Take in what runs now: it says how long outputs are at least."""
+        ...
+
+    def survival(self, requests: Sequence[Request], times: npt.NDArray[np.int64]) -> Array:
+        """``[len(requests), len(times)]``: chance that a request, given what it has, writes over so many more."""
+        ...
+
+    def observe(self, request: Request) -> None:
+        """A request ended."""
+        ...
+
+
+class LengthClass(NamedTuple):
+    """What can be seen of a request. Lengths are exponents: of 2, of the prompt of 4."""
+
+    max_tokens: int
+    max_reasoning_tokens: int
+    effort: str
+    prompt_tokens: int
+
+    @property
+    def lineage(self) -> tuple[tuple[object, ...], ...]:
+        """Keys of the classes that hold it, widest first, itself last."""
+        return (), self[:1], self[:3], self[:]
+
+
+def length_class(request: Request) -> LengthClass:
+    """The class of a request."""
+    sampling = request.sampling
+    reasoning = sampling.reasoning.max_tokens if sampling.reasoning is not None else 0
+    return LengthClass(
+        (sampling.max_tokens - 1).bit_length(),
+        reasoning.bit_length(),
+        sampling.reasoning_effort,
+        (request.num_prompt_tokens.bit_length() + 1) // 2,
+    )
+
+
+class OutputLengths:
+    """Learns online. Memory is bounded: `MAX_CLASSES` times three numbers a bucket."""
+
+    def __init__(self, max_model_len: int) -> None:
+        self._grid = length_grid(max_model_len)
+        self._edges = self._grid.astype(np.float64)
+        self._counts: dict[tuple[object, ...], Array] = {(): self._no_counts()}  # entered, stopped, censored by bucket
+        self._seen = dict(self._counts)  # with what runs now
+        self._curves: dict[LengthClass, Array] = {}
+        self._num_ended = 0
+
+    def limit(self, request: Request) -> int:
+        """``max_tokens``."""
+        return request.sampling.max_tokens
+
+    def observe(self, request: Request) -> None:
+        """Count a request that ended."""
+        row = _STOPPED if request.finish_reason is FinishReason.STOP else _CENSORED
+        for key in length_class(request).lineage:
+            counts = self._counts.get(key)
+            if counts is None:
+                if len(self._counts) >= MAX_CLASSES:
+                    break
+                counts = self._counts[key] = self._no_counts()
+            counts[_ENTERED, self._bucket(request.num_resumed_tokens)] += 1
+            counts[row, self._bucket(request.num_output_tokens)] += 1
+        self._num_ended += 1
+        if self._num_ended >= MEMORY:
+            self._num_ended //= 2
+            for counts in self._counts.values():
+                counts /= 2
+
+    def refresh(self, running: Sequence[Request]) -> None:
+        """Estimate anew, with what runs now as censored."""
+        opened = Counter(
+            (length_class(request), self._bucket(request.num_resumed_tokens), self._bucket(request.num_output_tokens))
+            for request in running
+        )
+        self._seen = dict(self._counts)
+        added: set[tuple[object, ...]] = set()
+        for (kind, first, last), count in opened.items():
+            for key in kind.lineage:
+                if key not in added:
+                    added.add(key)
+                    self._seen[key] = self._counts[key].copy() if key in self._counts else self._no_counts()
+                self._seen[key][_ENTERED, first] += count
+                self._seen[key][_CENSORED, last] += count
+        self._curves = {}
+
+    def survival(self, requests: Sequence[Request], times: npt.NDArray[np.int64]) -> Array:
+        """As `LengthModel`. A request without stop tokens is taken to run to its limit."""
+        alive = np.ones((len(requests), len(times)))
+        by_class: dict[LengthClass, list[int]] = {}
+        for index, request in enumerate(requests):
+            if request.sampling.stop_token_ids:
+                by_class.setdefault(length_class(request), []).append(index)
+        for kind, rows in by_class.items():
+            curve = self.curve(kind)
+            have = np.array([requests[row].num_output_tokens for row in rows])
+            now = np.interp(have, self._edges, curve)
+            then = np.interp(have[:, None] + times[None, :], self._edges, curve)
+            alive[rows] = then / np.maximum(now, 1e-12)[:, None]
+        return alive
+
+    def curve(self, kind: LengthClass) -> Array:
+        """Chance that an output of the class is longer than each edge of the grid."""
+        if kind not in self._curves:
+            self._curves[kind] = np.concatenate(([1.0], np.cumprod(1.0 - self._hazard(kind))))
+        return self._curves[kind]
+
+    def _hazard(self, kind: LengthClass) -> Array:
+        """Chance to stop within each bucket, of those that reach it.
+
+        From the widest class to the narrowest, each adding what the next does not hold itself.
+        """
+        starts, widths = self._edges[:-1], np.diff(self._edges)
+        hazard = np.minimum(1.0, widths / np.maximum(2.0**kind.max_tokens - starts, 1.0))
+        weight = np.full_like(hazard, PRIOR_WEIGHT)
+        seen = [self._seen[key] for key in kind.lineage if key in self._seen]
+        for index, counts in enumerate(seen):
+            own = counts - seen[index + 1] if index + 1 < len(seen) else counts
+            left = own[_STOPPED] + own[_CENSORED]
+            at_risk = np.cumsum(own[_ENTERED]) - np.cumsum(left) + left - own[_CENSORED] / 2
+            hazard = (own[_STOPPED] + weight * hazard) / (at_risk + weight)
+            weight = np.minimum(weight + at_risk, BACKOFF_WEIGHT)
+        return hazard
+
+    def _bucket(self, num_tokens: int) -> int:
+        return min(int(np.searchsorted(self._grid, num_tokens, side="right")), len(self._grid) - 1) - 1
+
+    def _no_counts(self) -> Array:
+        return np.zeros((3, len(self._grid) - 1))

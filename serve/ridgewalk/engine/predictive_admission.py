@@ -1,0 +1,154 @@
+"""Admission by the predicted peak of KV use, so that preemption is the rare exception.
+
+A group takes a request when, over all future steps t, the blocks that its running requests and the new one are expected
+to hold at t stay within its KV cache:
+
+    peak = max over t of ( sum of P(alive at t) * blocks at t  +  margin * standard deviation )
+
+Lengths are independent of each other, so the variance at t is the sum of P (1 - P) blocks^2. P comes from a
+`LengthModel` and is conditioned on what each request has written already. Time is counted in output tokens, of which
+every running request writes one a step. The sum is taken on a fixed grid of times; a request holds its last block until
+the next time of the grid, so that a limit which falls between two is not missed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from ridgewalk.engine.admission import AdmissionPolicy, PromptOnly, least_loss
+from ridgewalk.engine.kv_cache_manager import PrefixHit
+from ridgewalk.engine.output_lengths import Array, LengthModel, OutputLengths, length_grid
+from ridgewalk.engine.request import Request
+from ridgewalk.engine.scheduler_config import SchedulerConfig
+
+if TYPE_CHECKING:
+    from ridgewalk.engine.scheduler import AttentionGroup
+
+MARGIN = 1.0
+"""Standard deviations of KV use kept free beyond what is expected."""
+
+REFRESH_EVERY = 16
+"""Steps for which a forecast stands while nobody comes or goes: a block of tokens for each running request."""
+
+
+@dataclass
+class _Forecast:
+    """KV use of one group over the grid of times, in blocks."""
+
+    mean: Array
+    variance: Array
+    step: int  # when it was made
+    num_running: int  # that it counts
+    held: float  # by nobody in particular: shared prefixes whose first owner is gone, and steps in flight
+
+
+class PredictiveAdmission:
+    """Implements `AdmissionPolicy`.
+
+    Work is bounded: a forecast takes one pass over a group's running requests, and is made when one of them has ended
+    or been preempted and somebody waits, or once in `REFRESH_EVERY` steps; a candidate costs one row of it.
+    """
+
+    def __init__(
+        self, config: SchedulerConfig, lengths: LengthModel | None = None, margin: float = MARGIN, grid_step: int = 16
+    ) -> None:
+        self._config = config
+        self._lengths = lengths if lengths is not None else OutputLengths(config.max_model_len)
+        self._margin = margin
+        self._times = length_grid(config.max_model_len, max(grid_step, config.block_size))
+        self._forecasts: dict[AttentionGroup, _Forecast] = {}
+        self._refusals: dict[AttentionGroup, tuple[int, int]] = {}  # the head refused, and how much of it was cached
+        self._step = 0
+        self._learned_at: int | None = None  # None: since the last estimate a request has ended
+
+    def prepare(self, groups: Sequence[AttentionGroup], step: int) -> None:
+        """Bring what is known of lengths, and each group's forecast, up to date where it is due."""
+        self._step = step
+        if self._learned_at is None or step >= self._learned_at + REFRESH_EVERY:
+            self._lengths.refresh([request for group in groups for request in group.running])
+            self._learned_at = step
+            self._forecasts.clear()
+            self._refusals.clear()
+        for group in groups:
+            forecast = self._forecasts.get(group)
+            if forecast is None or forecast.num_running != len(group.running):
+                self._forecasts[group] = self._forecast(group)
+                self._refusals.pop(group, None)
+
+    def admits(self, request: Request, group: AttentionGroup, hit: PrefixHit) -> bool:
+        """Whether the predicted peak with the request fits. An idle group always takes it: nobody starves."""
+        if not group.running:
+            return True
+        if self._refusals.get(group) == (request.seq_id, len(hit.blocks)):
+            return False
+        forecast = self._forecasts.get(group)
+        if forecast is None or forecast.step != self._step:
+            forecast = self._forecasts[group] = self._forecast(group)
+        mean, variance = self._use([request], [len(hit.blocks) - hit.num_unreferenced])
+        fits = self._peak(forecast, mean, variance) <= group.kv.pool.num_blocks
+        if not fits:
+            self._refusals[group] = (request.seq_id, len(hit.blocks))
+        return fits
+
+    def on_admitted(self, request: Request, group: AttentionGroup) -> None:
+        """Add it to the group's forecast."""
+        forecast = self._forecasts.get(group)
+        if forecast is not None:
+            mean, variance = self._use([request], [request.num_shared_blocks])
+            forecast.mean += mean
+            forecast.variance += variance
+            forecast.num_running += 1
+
+    def on_ended(self, request: Request) -> None:
+        """Learn its length."""
+        if request.first_scheduled_time is not None:
+            self._lengths.observe(request)
+            self._learned_at = None
+
+    def victim(self, running: Sequence[Request]) -> Request:
+        """The request that loses the least."""
+        return least_loss(running)
+
+    def answer_stands(self, step: int) -> int:
+        """Until the next estimate is due."""
+        return 0 if self._learned_at is None else max(0, self._learned_at + REFRESH_EVERY - step)
+
+    def predicted_peaks(self, groups: Sequence[AttentionGroup], step: int) -> list[float | None]:
+        """By group, in blocks, the margin included."""
+        self.prepare(groups, step)
+        return [self._peak(self._forecasts[group]) for group in groups]
+
+    def _forecast(self, group: AttentionGroup) -> _Forecast:
+        mean, variance = self._use(group.running, [request.num_shared_blocks for request in group.running])
+        owned = sum(len(request.block_ids) - request.num_shared_blocks for request in group.running)
+        held = max(0, group.kv.pool.num_used - owned)
+        return _Forecast(mean, variance, self._step, len(group.running), held)
+
+    def _peak(self, forecast: _Forecast, mean: Array | float = 0.0, variance: Array | float = 0.0) -> float:
+        use = forecast.mean + mean + self._margin * np.sqrt(forecast.variance + variance)
+        return forecast.held + float(use.max())
+
+    def _use(self, requests: Sequence[Request], shared: Sequence[int]) -> tuple[Array, Array]:
+        """Mean and variance of the blocks that requests hold over the grid, less those that they share."""
+        if not requests:
+            return np.zeros(len(self._times)), np.zeros(len(self._times))
+        left = np.array([self._lengths.limit(r) - r.num_output_tokens for r in requests], dtype=np.int64)
+        known = np.array([r.num_tokens for r in requests], dtype=np.int64)
+        times = self._times[None, :]
+        last = np.maximum(left - 1, 0)[:, None]  # the last time at which it computes
+        tokens = known[:, None] + np.minimum(times, last)
+        blocks = -(-tokens // self._config.block_size) - np.array(shared, dtype=np.int64)[:, None]
+        before = np.concatenate(([-1], self._times[:-1]))[None, :]
+        # Beyond its last time a request holds nothing; at the grid's next time it is as alive as it was then.
+        alive = np.where(before < last, self._lengths.survival(requests, self._times), 0.0)
+        use = alive * blocks
+        return use.sum(axis=0), (use * (blocks - use)).sum(axis=0)
+
+
+def make_admission(config: SchedulerConfig) -> AdmissionPolicy:
+    """The policy that a configuration names."""
+    return PredictiveAdmission(config) if config.admission == "predictive" else PromptOnly()
