@@ -17,6 +17,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import Formatter, FuncFormatter, PercentFormatter
 
+from monitoring.grafana.board import Board
 from monitoring.grafana.generate import BOARDS
 from monitoring.grafana.panel import SHARE, Panel, Query
 
@@ -123,6 +124,11 @@ def _legend(template: str, labels: dict[str, str]) -> str:
     return re.sub(r"{{\s*(\w+)\s*}}", lambda found: labels.get(found[1], ""), template)
 
 
+def graphs_of(board: Board) -> list[Panel]:
+    """The panels that are drawn; numbers and tables are not."""
+    return [panel for row in board.rows for panel in row.panels if panel.kind == "graph"]
+
+
 def main() -> None:
     """See the module."""
     boards = {board.uid.removeprefix("ridgewalk-"): board for board in BOARDS}
@@ -134,7 +140,7 @@ def main() -> None:
     parser.add_argument("--panels", nargs="*", default=[], metavar="TITLE", help="only these")
     arguments = parser.parse_args()
     board = boards[arguments.board]
-    graphs = [panel for row in board.rows for panel in row.panels if panel.kind == "graph"]
+    graphs = graphs_of(board)
     if unknown := set(arguments.panels) - {panel.title for panel in graphs}:
         parser.error(f"no graph of {board.title} is called {', '.join(sorted(unknown))}")
     now = time.time()

@@ -105,7 +105,7 @@ def test_without_rule_files_it_says_so(tmp_path: Path, console: Console, screen:
 
 
 def test_the_package_ships_the_rules_that_users_read() -> None:
-    assert rule_files() == sorted(MONITORING.glob("*.rules.yml"))
+    assert rule_files() == sorted(path.resolve() for path in MONITORING.glob("*.rules.yml"))
     assert len(rule_files()) == 2
 
 

@@ -6,6 +6,7 @@ import asyncio
 import json
 import shutil
 import signal
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -70,6 +71,15 @@ def test_every_panel_has_data_and_every_rule_works_under_load(service: LiveServi
     print(f"\nlongest scrape of 4 replicas under load: {float(longest['value'][1]) * 1e3:.0f} ms")
 
 
+def test_graphs_are_drawn_without_grafana(service: LiveService) -> None:
+    picture = pytest.importorskip("monitoring.grafana.picture")  # Grafana's SDK wants Python 3.11
+    window = picture.Window(time.time() - 60, time.time())
+    for board in picture.BOARDS:
+        graphs = picture.graphs_of(board)
+        drawn = picture.draw(board.title, graphs, service.prometheus, window).get_axes()
+        assert len([axis for axis in drawn if axis.lines]) == len(graphs)
+
+
 def test_a_replica_that_hangs_or_dies_costs_a_scrape_only_its_own_figures(service: LiveService) -> None:
     (replica,) = [each for each in service.processes() if "ServeReplica" in title(each) and "demo-moe" in title(each)]
 
@@ -92,7 +102,7 @@ def test_a_replica_that_hangs_or_dies_costs_a_scrape_only_its_own_figures(servic
                 return Scrape.parse(await reply.text())
 
     replica.send_signal(signal.SIGSTOP)
-    assert eventually(lambda: bool(service.query(MISSING)))  # one that hangs: Prometheus waits for a second only
+    assert eventually(lambda: bool(service.query(MISSING)))  # one that hangs: Prometheus does not wait for long
     scrape = asyncio.run(scrape_while_it_dies())
     assert scrape.total("ridgewalk_scrape_missing_replicas", model_name="demo-moe") == 1
     assert scrape.total("ridgewalk_scrape_missing_replicas", model_name="demo-dense") == 0

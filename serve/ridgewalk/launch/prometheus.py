@@ -24,10 +24,10 @@ from ridgewalk.config import ConfigError
 from ridgewalk.replica.host import free_port
 
 ADDRESS = "127.0.0.1"
-SCRAPE_EVERY = "1s"
+SCRAPE_EVERY = "2s"  # and as long may one take: replicas that fill every core answer late
 READY_TIMEOUT_S = 30.0
 RULES = Path(__file__).parent / "rules"
-"""Links to the rule files of ``monitoring/prometheus``; an installed package holds copies of them."""
+"""What ``monitoring/prometheus`` links to: images and wheels hold the package alone."""
 
 _PR_SET_PDEATHSIG = 1
 _libc = ctypes.CDLL(None)
