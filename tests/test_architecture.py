@@ -11,13 +11,14 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "serve" / "ridgewalk"
 HEAVY = {"torch", "transformers", "ray"}
-PURE = ("engine", "routing", "placement")
+PURE = ("engine", "routing", "placement", "planning")
 
 ALLOWED = {
     "placement": {"placement"},
     "metrics": {"metrics", "placement", "engine", "replica", "api", "routing"},  # others for type checking only
     "engine": {"engine"},
     "routing": {"routing"},
+    "planning": {"planning", "placement", "engine", "bench", "config", "model_source", "zoo"},
     "kernels": {"kernels"},
     "parallel": {"parallel", "placement", "kernels"},
     "model": {"model", "engine", "parallel", "kernels", "placement"},

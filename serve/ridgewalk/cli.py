@@ -13,10 +13,12 @@ from ridgewalk import __version__
 from ridgewalk.bench.command import bench
 from ridgewalk.config import ConfigError, ModelConfig, PlacementConfig, ServeConfig, load_config, parse_config
 from ridgewalk.flags import in_flags
+from ridgewalk.planning.command import plan
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
 ENGINE, PLACEMENT, SERVICE = "Engine", "Placement", "Service"
 app.command()(bench)
+app.command()(plan)
 _FIELDS = {"api_key": "api_keys", "served_model_name": "name"}  # of flags that are called otherwise
 
 

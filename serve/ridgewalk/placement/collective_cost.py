@@ -1,0 +1,38 @@
+"""Seconds of collectives: latency of their hops, and bytes over bandwidth."""
+
+from __future__ import annotations
+
+import math
+
+from ridgewalk.placement.hardware import HardwareSpec
+
+
+def all_reduce_s(hardware: HardwareSpec, ranks: int, num_bytes: float) -> float:
+    """Each rank sends and receives 2 (n - 1) / n of the bytes (Thakur et al. 2005, section 4.5); log2 n hops each way.
+
+    One hop's latency is that of a step of a collective inside a CUDA graph.
+    """
+    return _seconds(hardware, ranks, 2 * (ranks - 1) / ranks * num_bytes)
+
+
+def all_gather_s(hardware: HardwareSpec, ranks: int, num_bytes: float) -> float:
+    """``num_bytes`` is what each rank has in the end."""
+    return _seconds(hardware, ranks, (ranks - 1) / ranks * num_bytes)
+
+
+def all_to_all_s(hardware: HardwareSpec, ranks: int, num_bytes: float) -> float:
+    """``num_bytes`` is what a rank has for all; its own part stays."""
+    return _seconds(hardware, ranks, (ranks - 1) / ranks * num_bytes)
+
+
+def send_s(hardware: HardwareSpec, ranks_apart: int, num_bytes: float) -> float:
+    """From one pipeline stage to the next, whose devices are so many apart."""
+    link = hardware.link(ranks_apart + 1)
+    return link.latency_s + num_bytes / (link.bandwidth * hardware.link_efficiency)
+
+
+def _seconds(hardware: HardwareSpec, ranks: int, sent_bytes: float) -> float:
+    if ranks == 1:
+        return 0.0
+    link = hardware.link(ranks)
+    return link.latency_s * math.log2(ranks) + sent_bytes / (link.bandwidth * hardware.link_efficiency)

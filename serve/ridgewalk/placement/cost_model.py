@@ -1,0 +1,183 @@
+"""Seconds of one engine step on given hardware, as a sum of named terms.
+
+Reading and computing overlap in a kernel, so a product takes the longer of its weights' bytes over bandwidth and its
+FLOPs over rate (roofline: Williams et al. 2009), and so does attention with its KV cache. Kernels and collectives
+follow each other, and so does the host's work unless it is scheduled ahead. Every constant is a property of the hardware, none of a model.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields
+
+from ridgewalk.placement import parameters
+from ridgewalk.placement.collective_cost import all_gather_s, all_reduce_s, all_to_all_s, send_s
+from ridgewalk.placement.fp8_weights import kept_block
+from ridgewalk.placement.hardware import HardwareSpec
+from ridgewalk.placement.mesh import Mesh
+from ridgewalk.placement.model_spec import ModelSpec
+from ridgewalk.placement.stages import stage_layers
+from ridgewalk.placement.weights import DTYPE_BYTES, expert_bytes, held_bytes, stage_weights
+
+
+@dataclass(frozen=True)
+class GroupLoad:
+    """What one attention group computes in one step."""
+
+    num_tokens: float = 0.0
+    num_sequences: float = 0.0
+    kv_tokens: float = 0.0  # cached tokens that its sequences read, each sequence's context once
+    pairs: float = 0.0  # query-key pairs: for a decoding sequence its context
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Seconds of one step on a rank of one stage, by what takes them."""
+
+    weights: float = 0.0  # reading weights, where that takes longer than the products with them
+    products: float = 0.0  # products with weights, where they take longer than reading them
+    attention: float = 0.0  # reading the KV cache, or the arithmetic of attention if that takes longer
+    all_reduce: float = 0.0  # among tensor-parallel ranks
+    dispatch_combine: float = 0.0  # all-to-all among expert-parallel ranks
+    launch: float = 0.0  # kernels that follow each other
+    send: float = 0.0  # to the next stage
+
+    @property
+    def total(self) -> float:
+        """All of it."""
+        return math.fsum(getattr(self, field.name) for field in fields(self))
+
+
+@dataclass(frozen=True)
+class _Stage:
+    """One rank of a stage, reduced to what a step's time needs. Bytes and FLOPs."""
+
+    num_layers: int
+    num_sparse: int
+    weight_bytes: float  # read by every step: all but routed experts and the embedding
+    flops_per_token: float
+    head_flops: float  # per sequence, on the last stage
+    expert_bytes: float  # of one routed expert as this rank holds it
+    slots: int  # routed experts of a layer on this rank
+    expert_flops: float  # per row
+    kv_bytes: float  # per token
+    pair_flops: float  # per query-key pair
+    is_last: bool
+
+
+class CostModel:
+    """Times of steps of one replica: a model on a mesh of given hardware."""
+
+    def __init__(self, spec: ModelSpec, mesh: Mesh, hardware: HardwareSpec) -> None:
+        self.spec, self.mesh, self.hardware = spec, mesh, hardware
+        self.element_bytes = DTYPE_BYTES[spec.dtype]
+        self._keeps_fp8 = hardware.keeps_fp8 and kept_block(spec, True) is not None
+        product_dtype = "float8" if self._keeps_fp8 else spec.dtype
+        self._rate = hardware.flops[product_dtype] * hardware.flops_efficiency
+        self._attention_rate = hardware.flops[spec.dtype] * hardware.flops_efficiency
+        self._bandwidth = hardware.memory_bandwidth * hardware.bandwidth_efficiency
+        self._ep = mesh.dp * mesh.tp if mesh.expert_parallel else 1
+        self._stages = self._describe_stages()
+
+    @property
+    def num_stages(self) -> int:
+        """Pipeline stages."""
+        return len(self._stages)
+
+    def host_s(self, num_sequences: float) -> float:
+        """The host's work on a step of so many sequences; while it lasts, the ranks have nothing to do."""
+        return self.hardware.step_overhead_s + num_sequences * self.hardware.sequence_overhead_s
+
+    def stage_times(self, groups: list[GroupLoad]) -> list[StepTime]:
+        """Seconds of a step on each stage. Attention groups enter the all-to-all together: the slowest one counts."""
+        return [self._stage_time(stage, groups) for stage in self._stages]
+
+    def _stage_time(self, stage: _Stage, groups: list[GroupLoad]) -> StepTime:
+        hardware, mesh = self.hardware, self.mesh
+        tokens = max(group.num_tokens for group in groups)
+        reading = stage.weight_bytes / self._bandwidth
+        flops = stage.flops_per_token * tokens + stage.head_flops * max(group.num_sequences for group in groups)
+        computing = flops / self._rate
+        weights, products = (reading, 0.0) if reading >= computing else (0.0, computing)
+        if stage.num_sparse:
+            reading, computing = self._expert_times(stage, sum(group.num_tokens for group in groups))
+            weights, products = (
+                (weights + reading, products) if reading >= computing else (weights, products + computing)
+            )
+        attention = max(
+            max(
+                group.kv_tokens * stage.kv_bytes / self._bandwidth,
+                group.pairs * stage.pair_flops / self._attention_rate,
+            )
+            for group in groups
+        )
+        hidden_bytes = tokens * self.spec.hidden_size * self.element_bytes
+        all_reduce = dispatch = 0.0
+        if mesh.tp > 1:
+            one = all_reduce_s(hardware, mesh.tp, hidden_bytes)
+            gathered = (
+                stage.num_sparse if mesh.expert_parallel else 0
+            )  # a rank dispatches its share of tokens
+            all_reduce = (2 * stage.num_layers - gathered) * one
+            all_reduce += gathered * all_gather_s(hardware, mesh.tp, hidden_bytes)
+        if self._ep > 1 and self.spec.moe:
+            copies = min(self.spec.moe.top_k, self._ep)  # a token is sent once to each rank that has experts of its
+            one = all_to_all_s(hardware, self._ep, hidden_bytes / mesh.tp * copies)
+            dispatch = 2 * stage.num_sparse * one
+        send = 0.0 if stage.is_last else send_s(hardware, mesh.dp * mesh.tp, hidden_bytes / mesh.tp)
+        launch = stage.num_layers * hardware.layer_overhead_s
+        return StepTime(weights, products, attention, all_reduce, dispatch, launch, send)
+
+    def _expert_times(self, stage: _Stage, tokens: float) -> tuple[float, float]:
+        """Reading and computing the routed experts of all sparse layers, on the busiest rank.
+
+        Tokens choose evenly: of E experts, T tokens with k choices each touch E (1 - (1 - k/E)^T), and the rows of the
+        busiest of n ranks exceed the mean m by about sqrt(2 m ln n) (maximum of n Poisson counts).
+        """
+        moe = self.spec.moe
+        assert moe is not None
+        touched = stage.slots * (1 - (1 - moe.top_k / moe.num_experts) ** tokens)
+        rows = tokens * moe.top_k / self._ep
+        if self._ep > 1:
+            rows += math.sqrt(2 * rows * math.log(self._ep))
+        reading = stage.num_sparse * touched * stage.expert_bytes / self._bandwidth
+        return reading, stage.num_sparse * rows * stage.expert_flops / self._rate
+
+    def _describe_stages(self) -> list[_Stage]:
+        spec, mesh = self.spec, self.mesh
+        held = stage_weights(spec, mesh, keeps_fp8=self.hardware.keeps_fp8)
+        kv_bytes = spec.kv_bytes_per_token_per_stage(mesh, spec.dtype)
+        slices = 1 if mesh.expert_parallel else mesh.tp
+        one_expert = expert_bytes(spec, mesh, spec.dtype, self.hardware.keeps_fp8) / slices
+        slots = spec.moe.slots_per_rank(self._ep) if spec.moe else 0
+        stages = []
+        for layers, weights, kv in zip(stage_layers(spec, mesh.pp), held, kv_bytes, strict=True):
+            is_last = layers.stop == spec.num_layers
+            sparse = sum(spec.is_sparse(layer) for layer in layers)
+            table = weights.vocab_rows * spec.hidden_size
+            read = held_bytes(spec, weights, spec.dtype) - sparse * slots * one_expert
+            read -= (weights.tables - is_last) * table * self.element_bytes
+            dense = (len(layers) - sparse) * parameters.dense_parameters(spec, mesh.tp)
+            shared = sparse * (parameters.shared_parameters(spec, mesh.tp) + parameters.router_parameters(spec))
+            passed = len(layers) * parameters.attention_matrices(spec, mesh.tp) + dense + shared
+            stages.append(
+                _Stage(
+                    num_layers=len(layers),
+                    num_sparse=sparse,
+                    weight_bytes=read,
+                    flops_per_token=2.0 * passed,
+                    head_flops=2.0 * table if is_last else 0.0,
+                    expert_bytes=one_expert,
+                    slots=slots,
+                    expert_flops=2.0 * parameters.expert_parameters(spec, slices),
+                    kv_bytes=kv,
+                    pair_flops=float(len(layers) * self._pair_flops()),
+                    is_last=is_last,
+                )
+            )
+        return stages
+
+    def _pair_flops(self) -> int:
+        """Scores and values of one query and key, all heads of a rank, one layer: as `ModelSpec.flops_per_token`."""
+        heads, mla = self.spec.num_heads_per_rank(self.mesh.tp), self.spec.mla
+        return heads * (2 * (mla.latent_dim + mla.kv_lora_rank) if mla else 4 * self.spec.head_dim)

@@ -1,0 +1,46 @@
+"""The load that placements are asked to serve: requests of a profile or a trace, and when they arrive."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+from ridgewalk.bench.profiles import PROFILES
+from ridgewalk.bench.trace_file import read_trace
+from ridgewalk.bench.workload import RequestShape, sample_requests
+from ridgewalk.config import ConfigError
+from ridgewalk.planning.simulator import Arrival
+
+CLOSED_BATCH, OPEN_LOOP = 2000, 500
+"""Requests, where nobody says how many."""
+
+
+def make_load(workload: str, requests: int | None, rate: float | None, seed: int) -> tuple[Arrival, ...]:
+    """A closed batch, all at once, or with ``rate`` requests a second as a Poisson process.
+
+    Raises:
+        ConfigError: no such workload, or a number out of range; names the flag.
+    """
+    if requests is not None and requests < 1:
+        raise ConfigError(f"--requests: {requests} is not a number of requests over 0")
+    if rate is not None and not 0 < rate < float("inf"):
+        raise ConfigError(f"--rate: {rate:g} is not a number of requests per second over 0")
+    count = requests or (CLOSED_BATCH if rate is None else OPEN_LOOP)
+    shapes, times = _shapes(workload, requests, count, seed), random.Random(seed)
+    now, arrivals = 0.0, []
+    for shape in shapes:
+        if rate is not None:
+            now += times.expovariate(rate)
+        arrivals.append(Arrival(now, shape.input_length, shape.output_length))
+    return tuple(arrivals)
+
+
+def _shapes(workload: str, requests: int | None, count: int, seed: int) -> tuple[RequestShape, ...]:
+    if workload.endswith((".jsonl", ".json")):
+        return read_trace(Path(workload), requests)
+    if workload not in PROFILES:
+        raise ConfigError(
+            f"--workload: there is no workload {workload!r}; there are {', '.join(PROFILES)}, and the path of a trace "
+            "(.jsonl, a line as {'input_length': 90, 'output_length': 9})"
+        )
+    return sample_requests(PROFILES[workload], count, seed)

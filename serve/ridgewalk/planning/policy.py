@@ -1,0 +1,29 @@
+"""How an engine admits and limits its requests."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+
+
+@dataclass(frozen=True)
+class Policy:
+    """Limits of each attention group, and what the host does while the ranks compute."""
+
+    name: str
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    memory_share: float  # of a device's memory, for weights, activations and KV cache
+    host_overlaps: bool  # steps are scheduled ahead: host and ranks work at the same time
+
+
+POLICIES: Mapping[str, Policy] = MappingProxyType(
+    {
+        policy.name: policy
+        for policy in (
+            # vLLM v1's defaults on GPUs of this class: it admits whoever's prompt fits.
+            Policy("vllm", 1024, 8192, 0.9, host_overlaps=False),
+        )
+    }
+)

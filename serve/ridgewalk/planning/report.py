@@ -1,0 +1,90 @@
+"""What `ridgewalk plan` tells: the list for programs, the table for people, the configuration for `ridgewalk serve`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import yaml
+from rich.table import Table
+
+from ridgewalk.planning.planner import Candidate
+from ridgewalk.planning.policy import Policy
+from ridgewalk.planning.shape import Placement, Shape
+from ridgewalk.planning.simulator import Outcome
+from ridgewalk.planning.verdict import TERMS, reason, shares
+
+
+def as_data(ranked: Sequence[Candidate]) -> list[dict[str, Any]]:
+    """Plain data, best first; figures are null where a placement cannot be loaded."""
+    return [
+        {
+            "name": candidate.placement.name,
+            "shapes": [_shape(shape) for shape in candidate.placement.shapes],
+            "feasible": candidate.outcome is not None,
+            "reason": reason(candidate, ranked[0]),
+            **_figures(candidate.outcome),
+        }
+        for candidate in ranked
+    ]
+
+
+def as_table(ranked: Sequence[Candidate], title: str) -> Table:
+    """The figures for a terminal; placements that cannot be loaded have none."""
+    table = Table(title=title, title_justify="left")
+    for heading in ("placement", "seconds", "tokens/s", "TTFT p50", "TPOT p50", "KV tokens", "preempted"):
+        table.add_column(heading, justify="left" if heading == "placement" else "right", no_wrap=True)
+    for candidate in ranked:
+        outcome = candidate.outcome
+        figures = ("-",) * 6
+        if outcome is not None:
+            figures = (
+                f"{outcome.makespan_s:,.0f}",
+                f"{outcome.throughput_tokens_per_s:,.0f}",
+                f"{outcome.ttft_p50_s:,.2f} s",
+                f"{outcome.tpot_p50_s * 1e3:,.1f} ms",
+                f"{outcome.kv_capacity_tokens:,}",
+                f"{outcome.preemptions:,}",
+            )
+        table.add_row(candidate.placement.name, *figures)
+    return table
+
+
+def as_account(candidate: Candidate, outcome: Outcome) -> Table:
+    """Where a placement's time goes."""
+    title = f"{candidate.placement.name}: where its {outcome.makespan_s:,.0f} s go (mean of its replicas and stages)"
+    table = Table(title=title, title_justify="left")
+    table.add_column("what")
+    table.add_column("seconds", justify="right")
+    table.add_column("share", justify="right")
+    for term, share in shares(outcome).items():
+        table.add_row(TERMS[term], f"{share * outcome.makespan_s:,.1f}", f"{share:.1%}")
+    return table
+
+
+def as_configuration(placement: Placement, model: str, policy: Policy, max_model_len: int) -> str:
+    """YAML that `ridgewalk serve -c` takes."""
+    described = {
+        "model": model,
+        "max_model_len": max_model_len,
+        "max_num_seqs": policy.max_num_seqs,
+        "max_num_batched_tokens": policy.max_num_batched_tokens,
+        "placements": [{**_shape(shape), "gpus_per_rank": 1.0} for shape in placement.shapes],
+    }
+    return yaml.safe_dump({"models": [described]}, sort_keys=False)
+
+
+def _shape(shape: Shape) -> dict[str, Any]:
+    return {
+        "replicas": shape.replicas,
+        "tensor_parallel_size": shape.mesh.tp,
+        "pipeline_parallel_size": shape.mesh.pp,
+        "data_parallel_size": shape.mesh.dp,
+        "enable_expert_parallel": shape.mesh.expert_parallel,
+    }
+
+
+def _figures(outcome: Outcome | None) -> dict[str, float | int | None]:
+    names = ("makespan_s", "throughput_tokens_per_s", "ttft_p50_s", "tpot_p50_s", "kv_capacity_tokens", "preemptions",
+             "recomputed_tokens")  # fmt: skip
+    return {name: None if outcome is None else getattr(outcome, name) for name in names}

@@ -1,0 +1,80 @@
+"""Why a placement is where it is in the ranking, in words."""
+
+from __future__ import annotations
+
+from ridgewalk.planning.planner import Candidate
+from ridgewalk.planning.simulator import Outcome
+
+SYNCHRONIZATION = ("all_reduce", "dispatch_combine", "send")
+NOTABLE = 0.05
+"""A share of the time, or a difference of shares, worth a word."""
+
+TERMS = {
+    "weights": "reading weights",
+    "products": "matrix products",
+    "attention": "attention over the KV cache",
+    "all_reduce": "all-reduce among tensor-parallel ranks",
+    "dispatch_combine": "dispatch and combine among expert-parallel ranks",
+    "launch": "starting kernels",
+    "send": "sending to the next stage",
+    "host": "the host between steps",
+    "idle": "idle: finished early, or waiting for a stage, for the host or for requests",
+}
+"""Terms of a placement's time, in the order of telling."""
+
+
+def shares(outcome: Outcome) -> dict[str, float]:
+    """The share of the makespan that each term takes, mean of all replicas and stages; they add up to 1."""
+    spent = {term: outcome.spent_s.get(term, 0.0) / outcome.makespan_s for term in TERMS if term != "idle"}
+    return {**spent, "idle": max(0.0, 1.0 - sum(spent.values()))}
+
+
+def reason(candidate: Candidate, best: Candidate) -> str:
+    """One sentence: what decided for it or against it."""
+    outcome = candidate.outcome
+    if outcome is None or best.outcome is None:
+        return f"cannot be loaded: {candidate.problem}"
+    if candidate is best:
+        return f"best: {_account(outcome)}"
+    share = outcome.throughput_tokens_per_s / best.outcome.throughput_tokens_per_s
+    return f"{share:.0%} of the best's throughput: {_complaint(outcome, best.outcome)}"
+
+
+def _complaint(outcome: Outcome, best: Outcome) -> str:
+    own, others = shares(outcome), shares(best)
+    complaints = []
+    if outcome.kv_capacity_tokens < 0.9 * best.kv_capacity_tokens and _capacity_bound(outcome):
+        complaints.append(
+            f"capacity cliff, room for {_tokens(outcome.kv_capacity_tokens)} tokens of KV where the best has "
+            f"{_tokens(best.kv_capacity_tokens)}{_preempted(outcome)}"
+        )
+    waiting, usual = (sum(each[term] for term in SYNCHRONIZATION) for each in (own, others))
+    if waiting > usual + NOTABLE:
+        complaints.append(f"synchronization cliff, {waiting:.0%} of the time in collectives, the best's {usual:.0%}")
+    for term, words in (("idle", "idle"), ("host", "with the host"), ("weights", "reading weights"),
+                        ("launch", "starting kernels")):  # fmt: skip
+        if own[term] > others[term] + NOTABLE:
+            complaints.append(f"{own[term]:.0%} of the time {words}, the best's {others[term]:.0%}")
+    return "; ".join(complaints) or f"much like the best: {_account(outcome)}"
+
+
+def _account(outcome: Outcome) -> str:
+    largest = sorted(shares(outcome).items(), key=lambda item: -item[1])[:2]
+    words = " and ".join(f"{share:.0%} {TERMS[term].split(':')[0]}" for term, share in largest)
+    return f"room for {_tokens(outcome.kv_capacity_tokens)} tokens of KV{_preempted(outcome)}; {words}"
+
+
+def _preempted(outcome: Outcome) -> str:
+    if not outcome.preemptions:
+        return ", nothing preempted"
+    return f", {outcome.preemptions} preemptions, {_tokens(outcome.recomputed_tokens)} tokens computed again"
+
+
+def _capacity_bound(outcome: Outcome) -> bool:
+    """Whether requests waited for KV: preempted, or all of them need more than there is."""
+    needed = sum(log.output_length for log in outcome.logs) / 2
+    return outcome.preemptions > 0 or needed > outcome.kv_capacity_tokens
+
+
+def _tokens(count: int) -> str:
+    return f"{count / 1e6:.2f} M" if count >= 10**6 else f"{count / 1e3:.0f} k"
