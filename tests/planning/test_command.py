@@ -73,8 +73,8 @@ def test_the_configuration_that_is_emitted_can_be_served(tmp_path: Path) -> None
 def test_a_table_reasons_and_an_account_are_printed_and_a_plot_drawn(tmp_path: Path) -> None:
     plot = tmp_path / "plan.svg"
     stdout, exception = invoke(
-        "--model", "r1-distill-qwen-1.5b", "--hardware", "2xh100", "--workload", "chat", "--requests", "8", "--rate", "4",
-        "--explain", "TP2", "--plot", str(plot),
+        "--model", "r1-distill-qwen-1.5b", "--hardware", "2xh100", "--requests", "8", "--rate", "4",
+        "--workload", "chat", "--explain", "TP2", "--plot", str(plot),
     )  # fmt: skip
     assert exception is None, exception
     assert "TP2: where its" in stdout

@@ -2,7 +2,8 @@
 
 Reading and computing overlap in a kernel, so a product takes the longer of its weights' bytes over bandwidth and its
 FLOPs over rate (roofline: Williams et al. 2009), and so does attention with its KV cache. Kernels and collectives
-follow each other, and so does the host's work unless it is scheduled ahead. Every constant is a property of the hardware, none of a model.
+follow each other, and so does the host's work unless it is scheduled ahead. Every constant is a property of the
+hardware, none of a model.
 """
 
 from __future__ import annotations
