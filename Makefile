@@ -22,9 +22,10 @@ lint: $(READY)
 	$(BIN)/ruff format --check serve tests monitoring
 	$(BIN)/mypy
 
-# Grafana's JSON, from its code.
+# Grafana's JSON from its code, and the Prometheus operator's manifest from the rules.
 dashboards: $(READY)
 	$(BIN)/python -m monitoring.grafana.generate
+	$(BIN)/python -m monitoring.prometheus_rule
 
 # --no-compile: most of what is installed is never imported. uv installs the rest in a fifth of pip's time; where it does
 # not reach an index (it does not read pip's settings) pip does it.

@@ -111,12 +111,12 @@ KV = Board(
                 ),
                 Panel(
                     "Preemptions per ended sequence",
-                    "Over the last minute. Above 0.5 the alert `PreemptionStorm` fires.",
+                    "Over the last five minutes. Above 0.5 the alert `PreemptionStorm` fires.",
                     "Sequences are admitted that cannot all finish: lower `--max-num-seqs`.",
                     count("preemptions"),
                     (
                         Query(
-                            f"ridgewalk:preemptions_per_sequence:ratio_rate1m{{{PLACEMENT}}}",
+                            f"ridgewalk:preemptions_per_sequence:ratio_rate5m{{{PLACEMENT}}}",
                             "{{model_name}} {{placement}}",
                         ),
                     ),

@@ -42,7 +42,7 @@ def test_inhibitions_name_alerts_and_labels_that_exist() -> None:
             assert label in ("alertname", "model_name")
             if label == "alertname":
                 assert set(names.split("|")) <= alerts
-        assert set(rule.get("equal", [])) <= {"model_name", "placement", "replica"}
+        assert set(rule.get("equal", [])) <= {"job", "namespace", "model_name", "placement", "replica"}
 
 
 def test_prometheus_sends_its_alerts_there() -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from monitoring.prometheus_rule import MANIFEST, manifest_text
 from tests.monitoring.queries import readable, rules
 
 FOLDER = Path(__file__).parents[2] / "monitoring" / "prometheus"
@@ -55,3 +56,11 @@ def test_rules_name_only_what_is_exported_or_recorded() -> None:
     for rule in rules():
         for name in re.findall(r"\bridgewalk[:_][\w:]+", rule["expr"]):
             assert name in known, f"{rule.get('alert') or rule['record']} reads {name}"
+
+
+def test_the_operator_gets_the_same_rules() -> None:
+    """Else: `make dashboards`."""
+    assert MANIFEST.read_text() == manifest_text()
+    assert [rule for group in yaml.safe_load(manifest_text())["spec"]["groups"] for rule in group["rules"]] == (
+        sorted(rules(), key=lambda rule: "record" in rule)  # alerts.rules.yml comes first
+    )
