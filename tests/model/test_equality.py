@@ -6,10 +6,11 @@ import copy
 import random
 from collections import deque
 
+import msgspec
 import pytest
 import torch
 
-from ridgewalk.engine.sampling import SamplingParams
+from ridgewalk.engine.sampling import ReasoningBudget, SamplingParams
 from ridgewalk.model.loader import load_parameters
 from ridgewalk.placement.expert_map import balanced_expert_map
 from ridgewalk.placement.mesh import Mesh
@@ -233,6 +234,28 @@ def test_draws_do_not_depend_on_mesh_batch_or_preemption(checkpoint, start, fami
             driver.drop(sequence)
         driver.step([*others, sequence])
     assert sequence.output == alone
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_thinking_ends_at_its_budget_on_any_mesh_and_after_preemption(checkpoint, start, temperature):
+    closing = 130
+    budget = ReasoningBudget(8, 129, closing, begins_open=True)
+    params = SamplingParams(max_tokens=99, temperature=temperature, seed=5, logit_bias=((closing, -100.0),))
+    params = msgspec.structs.replace(params, reasoning=budget)
+    if temperature == 0.0:
+        params = msgspec.structs.replace(params, logit_bias=())  # so that only arg max travels between the ranks
+    prompt = prompt_of(12)
+    alone = start("mistral").generate(prompt, 12, params).output
+    driver = start("mistral", Mesh(tp=2))
+    sequence = Sequence(0, list(prompt), len(prompt), params)
+    other = new_sequence(1, 6)
+    while len(sequence.output) < 12:
+        if len(sequence.output) in (3, 10):
+            driver.drop(sequence)
+        driver.step([other, sequence])
+    assert sequence.output == alone
+    assert alone.index(closing) == 8 - alone[:8].count(129)
+    assert closing not in alone[9:]
 
 
 @pytest.mark.parametrize(

@@ -27,6 +27,7 @@ from ridgewalk.api.reply import GenerationReply
 from ridgewalk.api.sampling_fields import output_limit, sampling_params
 from ridgewalk.api.service import Service, encode_all, off_loop
 from ridgewalk.api.stop_strings import StopAutomaton
+from ridgewalk.api.thinking_budget import thinking_budget
 
 
 class ChatHandler:
@@ -50,7 +51,8 @@ class ChatHandler:
         if not prompt_ids:
             raise ApiError("The prompt has no tokens.", param="messages")
         limit = output_limit(model, len(prompt_ids), call.output_limit, None, "messages", _limit_param(call))
-        sampling = sampling_params(call, model, limit, call.num_logprobs)
+        budget = thinking_budget(call, model, limit, prompt)
+        sampling = sampling_params(call, model, limit, call.num_logprobs, budget, call.reasoning_effort or "")
         stops = call.stop_strings
         generation = Generation(
             service.backend,

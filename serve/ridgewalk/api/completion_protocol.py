@@ -24,6 +24,7 @@ class CompletionRequest(SamplingFields, kw_only=True):
     logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
 
     # Not built: refused when given.
+    max_reasoning_tokens: Any = None  # a chat's: here nothing tells where thinking begins
     prompt_embeds: Any = None
     suffix: Any = None
 
@@ -31,7 +32,7 @@ class CompletionRequest(SamplingFields, kw_only=True):
 def check_completion_request(request: CompletionRequest, model: ServedModel) -> None:
     """Raise `ApiError` for what is not built or cannot be."""
     check_fields(request, model)
-    refuse(request, ("prompt_embeds",))
+    refuse(request, ("max_reasoning_tokens", "prompt_embeds"))
     if request.suffix not in (None, ""):
         raise not_supported("`suffix`", "suffix")
     if request.best_of is not None and request.best_of != (request.n or 1):

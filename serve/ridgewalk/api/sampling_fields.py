@@ -10,7 +10,7 @@ from msgspec import Meta
 
 from ridgewalk.api.backend import ServedModel
 from ridgewalk.api.errors import ApiError, not_supported
-from ridgewalk.engine.sampling import SamplingParams
+from ridgewalk.engine.sampling import ReasoningBudget, SamplingParams
 
 MAX_N = 128
 MAX_STOP_STRINGS = 32
@@ -147,7 +147,12 @@ def output_limit(
 
 
 def sampling_params(
-    fields: SamplingFields, model: ServedModel, max_tokens: int, logprobs: int | None
+    fields: SamplingFields,
+    model: ServedModel,
+    max_tokens: int,
+    logprobs: int | None,
+    reasoning: ReasoningBudget | None = None,
+    reasoning_effort: str = "",
 ) -> list[SamplingParams]:
     """Sampling of each of the ``n`` choices of one prompt; they differ in their seed only."""
     if (fields.min_tokens or 0) > max_tokens:
@@ -179,6 +184,8 @@ def sampling_params(
         stop_token_ids=tuple(dict.fromkeys((*stops, *(fields.stop_token_ids or ())))),
         logprobs=logprobs,
         logit_bias=_logit_bias(fields.logit_bias or {}, model),
+        reasoning=reasoning,
+        reasoning_effort=reasoning_effort,
     )
     return [
         msgspec.structs.replace(first, seed=(first.seed + choice * _SEED_STRIDE) & _SEED_MASK)

@@ -26,6 +26,7 @@ class SampleRow:
     position: int  # of the token to be sampled, in the sequence
     num_output_tokens: int  # before it
     counts: TokenCounts | None = None  # up to date; None when no penalty is asked for
+    forced: int | None = None  # the token to take, whatever the logits say
 
 
 def is_plain_greedy(sampling: SamplingParams) -> bool:
@@ -39,7 +40,8 @@ def sample(
     """Choose one token for each row.
 
     Order of operations: penalties, bias, minimum length; then (log-probabilities are taken here) temperature, top-k,
-    top-p, min-p and a draw at `uniforms(seed, position)`, so that it depends on its own row alone.
+    top-p, min-p and a draw at `uniforms(seed, position)`, so that it depends on its own row alone. A forced token takes
+    the place of the draw; its log-probability is what the model gives it.
 
     Args:
         logits: ``[len(rows), vocab_size]``, any float dtype; not changed.
@@ -56,7 +58,15 @@ def sample(
             if row.sampling.changes_logits:
                 edit_logits(logits[index], row.sampling, row.num_output_tokens, row.counts)
     tokens = kernels.draw(logits, _rules(rows))
+    force(tokens, [row.forced for row in rows])
     return tokens, _logprobs(logits, tokens, rows)
+
+
+def force(tokens: torch.Tensor, forced: Sequence[int | None]) -> None:
+    """Put forced tokens in the place of the chosen ones."""
+    for index, token_id in enumerate(forced):
+        if token_id is not None:
+            tokens[index] = token_id
 
 
 def _rules(rows: Sequence[SampleRow]) -> DrawRules:

@@ -10,8 +10,9 @@ import torch
 from ridgewalk.engine.step import TokenLogprobs
 from ridgewalk.kernels.kernel_set import KernelSet
 from ridgewalk.model.penalties import TokenCounts, needs_counts
-from ridgewalk.model.sampler import SampleRow, is_plain_greedy, sample
+from ridgewalk.model.sampler import SampleRow, force, is_plain_greedy, sample
 from ridgewalk.model.sequence_table import SequenceTable
+from ridgewalk.model.thinking import Thinking
 from ridgewalk.parallel.communicator import Communicator
 from ridgewalk.placement.model_spec import ModelSpec
 
@@ -28,16 +29,21 @@ class ShardedSampler:
         self._tp = tp
         self._table = table
         self._counts: dict[int, TokenCounts] = {}  # by row, of the sequences with penalties
+        self._thinking: dict[int, Thinking] = {}  # by row, of the sequences with a thinking budget
 
     def follow(self, dropped: Iterable[int], created: Iterable[int]) -> None:
         """Forget rows of the table that were dropped, and take up those that were created."""
         for row in dropped:
             self._counts.pop(row, None)
+            self._thinking.pop(row, None)
         if self._tp.rank != 0:
             return
         for row in created:
-            if needs_counts(self._table.sampling(row)):
+            sampling = self._table.sampling(row)
+            if needs_counts(sampling):
                 self._counts[row] = TokenCounts(self._vocab_size)
+            if sampling.reasoning is not None:
+                self._thinking[row] = Thinking(sampling.reasoning)
 
     def choose(self, logits: torch.Tensor, rows: np.ndarray) -> Choice:
         """One token a row, and log-probabilities where asked, on the first rank; None on the others.
@@ -48,9 +54,10 @@ class ShardedSampler:
         """
         params = [self._table.sampling(row) for row in rows]
         if all(is_plain_greedy(p) for p in params):
-            if self._tp.size == 1:
-                return self._kernels.arg_max(logits)[1], None
-            return self._gather_arg_max(logits), None
+            tokens = self._kernels.arg_max(logits)[1] if self._tp.size == 1 else self._gather_arg_max(logits)
+            if tokens is not None and self._thinking:
+                force(tokens, [self._forced(row) for row in rows.tolist()])
+            return tokens, None
         if self._tp.size > 1:
             gathered = self._tp.gather(logits)
             if gathered is None:
@@ -64,7 +71,15 @@ class ShardedSampler:
         counts = self._counts.get(row)
         if counts is not None:
             counts.update(table.token_ids[row, :position], num_prompt)
-        return SampleRow(table.sampling(row), position, position - num_prompt, counts)
+        return SampleRow(table.sampling(row), position, position - num_prompt, counts, self._forced(row))
+
+    def _forced(self, row: int) -> int | None:
+        """The token that ends the row's thinking, when it has thought for as long as it may."""
+        thinking, sampling = self._thinking.get(row), self._table.sampling(row)
+        if thinking is None or sampling.reasoning is None:
+            return None
+        thinking.update(self._table.token_ids[row, self._table.num_prompt_tokens[row] : self._table.num_tokens[row]])
+        return sampling.reasoning.close_token_id if thinking.must_end else None
 
     def _gather_arg_max(self, logits: torch.Tensor) -> torch.Tensor | None:
         """Arg max over the shards: two numbers a row travel instead of a row of logits."""
