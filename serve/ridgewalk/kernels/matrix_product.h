@@ -1,8 +1,8 @@
 // Products with weights repacked once at load, summed in FP32.
 //
-// Weights lie in panels of two registers of outputs, read front to back. Few rows (decode) are bound by reading the weights once,
-// many rows by multiplying. BF16 goes through vdpbf16ps where the CPU has it, two products a lane; everything else is
-// widened to FP32.
+// Weights lie in panels of two registers of outputs, read front to back. Few rows (decode) are bound by reading the
+// weights once, many rows by multiplying. BF16 goes through vdpbf16ps where the CPU has it, two products a lane;
+// everything else is widened to FP32.
 #pragma once
 
 #include <algorithm>

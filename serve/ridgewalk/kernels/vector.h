@@ -1,7 +1,7 @@
 // A register of floats at a time, in GCC's vector extensions, and conversions from and to the storage types of tensors.
 //
-// Registers hold 16 floats with AVX-512 and are taken to hold 8 elsewhere. GCC computes a wider vector than the CPU has
-// through memory, thirty times slower than one that fits.
+// Registers hold 16 floats with AVX-512, 8 with AVX2 and 4 elsewhere (NEON, SSE). GCC computes a wider vector than the
+// CPU has through memory, thirty times slower than one that fits.
 #pragma once
 
 #include <cstddef>
@@ -16,9 +16,12 @@ namespace ridgewalk {
 #if defined(__AVX512F__)
 constexpr int LANES = 16;
 constexpr int REGISTERS = 32;
-#else
+#elif defined(__AVX2__)
 constexpr int LANES = 8;
 constexpr int REGISTERS = 16;
+#else
+constexpr int LANES = 4;
+constexpr int REGISTERS = 32;  // of NEON
 #endif
 
 typedef float vf __attribute__((vector_size(LANES * 4), aligned(4)));
@@ -48,7 +51,7 @@ static inline vf load(const bf16* p) {
 static inline vf load(const fp16* p) {
 #if defined(__AVX512F__)
     return (vf)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
-#elif defined(__F16C__)
+#elif defined(__AVX2__) && defined(__F16C__)
     return (vf)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p));
 #else
     vf v;
@@ -69,7 +72,7 @@ static inline void store(bf16* p, vf v) {
 static inline void store(fp16* p, vf v) {
 #if defined(__AVX512F__)
     _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT));
-#elif defined(__F16C__)
+#elif defined(__AVX2__) && defined(__F16C__)
     _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT));
 #else
     for (int i = 0; i < LANES; i++) p[i] = (fp16)v[i];
@@ -103,10 +106,13 @@ static inline vf combine(vf v, F op) {
     v = op(v, __builtin_shufflevector(v, v, 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11));
     v = op(v, __builtin_shufflevector(v, v, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13));
     return op(v, __builtin_shufflevector(v, v, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14));
-#else
+#elif defined(__AVX2__)
     v = op(v, __builtin_shufflevector(v, v, 4, 5, 6, 7, 0, 1, 2, 3));
     v = op(v, __builtin_shufflevector(v, v, 2, 3, 0, 1, 6, 7, 4, 5));
     return op(v, __builtin_shufflevector(v, v, 1, 0, 3, 2, 5, 4, 7, 6));
+#else
+    v = op(v, __builtin_shufflevector(v, v, 2, 3, 0, 1));
+    return op(v, __builtin_shufflevector(v, v, 1, 0, 3, 2));
 #endif
 }
 static inline float sum(vf v) {
