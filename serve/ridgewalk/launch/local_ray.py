@@ -85,6 +85,7 @@ def prepare_environment() -> Surroundings:
             # Serve's own bookkeeping, which idles at a tenth of a core by default: on a small machine ranks need it.
             "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.25",
             "RAY_SERVE_METRICS_EXPORT_INTERVAL_MS": "5000",
+            "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",  # by default 5: too short where ranks load on every core
             "RAY_metrics_report_interval_ms": "60000",
             # Despite its name, on every system: Ray then takes the loopback address for the node's, and every process,
             # our own channels too, listens there only; so does Serve, told so (`haproxy.SERVE_HOST`), and HAProxy but
