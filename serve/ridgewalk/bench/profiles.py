@@ -35,7 +35,7 @@ PROFILES: Mapping[str, Profile] = MappingProxyType(
                 "reasoning",
                 "long chains of thought: 77 % of the prompts within 50 to 150 tokens, 45 % of the outputs over 5,000",
                 prompts=lognormal_with_share_within(50, 150, 0.77, longest=2_048),
-                outputs=lognormal_with_share_above(5_000, 0.45, sigma=0.9, longest=16_384),
+                outputs=lognormal_with_share_above(5_000, 0.45, sigma=0.9, longest=9_000),
             ),
             Profile(
                 "long-prompt",

@@ -32,7 +32,7 @@ def rounds_until_event(scheduler: Scheduler) -> int:
     if scheduler.waiting and (_may_admit(scheduler) or _pauses(scheduler)):
         return 0
     rounds = min(
-        request.sampling.max_tokens - request.num_output_tokens
+        request.sampling.max_tokens + request.num_prompt_tokens - len(request.token_ids)
         for group in scheduler.groups
         for request in group.running
     )
@@ -60,7 +60,8 @@ def advance(scheduler: Scheduler, rounds: int, stopped: Collection[Request] = ()
         request
         for group in scheduler.groups
         for request in group.running
-        if request in stopped or request.num_output_tokens + rounds >= request.sampling.max_tokens
+        if request in stopped
+        or len(request.token_ids) - request.num_prompt_tokens + rounds >= request.sampling.max_tokens
     ]
     if ending and steps_a_round > 1:
         raise ValueError("a sequence ends within the last round of a pipeline; advance by fewer rounds")
@@ -78,7 +79,8 @@ def _decodes(scheduler: Scheduler, group: AttentionGroup) -> bool:
     if scheduler.num_in_flight == 0 and len(group.running) > scheduler.config.max_num_batched_tokens:
         return False
     return all(
-        request.num_tokens_to_compute == 1 and request.num_in_flight == request.num_placeholders
+        len(request.token_ids) + request.num_placeholders - request.num_computed_tokens == 1
+        and request.num_in_flight == request.num_placeholders
         for request in group.running
     )
 
@@ -147,16 +149,18 @@ def _note_throttling(scheduler: Scheduler, group: AttentionGroup, num_steps: int
 
 
 def _grow(scheduler: Scheduler, group: AttentionGroup, rounds: int) -> None:
-    counters = scheduler.counters
+    counters, unknown = scheduler.counters, [0] * rounds
     for request in group.running:
         # A step in flight has computed its token already: the last round's is computed by the step then in flight.
         before = request.num_computed_tokens
         request.num_computed_tokens = after = before + rounds
-        if not group.kv.grow(request, after):
+        if len(request.block_ids) * group.kv.block_size < after and not group.kv.grow(request, after):
             raise ValueError(f"advance() by {rounds} rounds, for which there is no KV cache")
-        counters.recomputed_tokens += max(0, min(request.max_computed_tokens, after) - before)
-        request.max_computed_tokens = max(request.max_computed_tokens, after)
-        request.token_ids += [0] * rounds
+        if request.max_computed_tokens > before:
+            counters.recomputed_tokens += min(request.max_computed_tokens, after) - before
+        if request.max_computed_tokens < after:
+            request.max_computed_tokens = after
+        request.token_ids += unknown
     tokens = rounds * len(group.running)
     counters.computed_tokens += tokens
     counters.generation_tokens += tokens

@@ -210,12 +210,14 @@ class Scheduler:
         Returns True when a request was preempted to make room.
         """
         preempted = False
-        candidates = [request for request in plan.group.running if self._can_run(request)]
-        candidates.sort(key=lambda request: request.num_tokens_to_compute > 1)  # stable: admission order within each
-        for request in candidates:
-            if request.status is not RequestStatus.RUNNING or plan.is_full:
+        candidates = [(request, request.num_tokens_to_compute) for request in plan.group.running]
+        decodes = [each for each in candidates if each[1] == 1]
+        for request, left in decodes + [each for each in candidates if each[1] > 1]:
+            if plan.is_full:
+                break
+            if request.status is not RequestStatus.RUNNING or (request.num_in_flight and not self._can_run(request)):
                 continue
-            num_tokens = min(request.num_tokens_to_compute, plan.budget)
+            num_tokens = min(left, plan.budget)
             while not plan.group.kv.grow(request, request.num_computed_tokens + num_tokens):
                 plan.group.throttled = True
                 victim = self.admission.victim(plan.group.running)
@@ -230,10 +232,7 @@ class Scheduler:
         return preempted
 
     def _can_run(self, request: Request) -> bool:
-        if request.num_tokens_to_compute == 0:
-            return False
-        if request.num_in_flight == 0:
-            return True
+        """Whether a request may be in one more step, while it is in one in flight."""
         if self.config.schedule_ahead:
             return request.may_sample_more
         # Chunks of a prompt sample nothing: the next one needs no result of theirs.
@@ -355,10 +354,12 @@ class Scheduler:
             request.num_computed_tokens += num_tokens
             request.num_in_flight += 1
             self.counters.computed_tokens += num_tokens
-            self.counters.recomputed_tokens += max(
-                0, min(request.max_computed_tokens, request.num_computed_tokens) - before
-            )
-            request.max_computed_tokens = max(request.max_computed_tokens, request.num_computed_tokens)
+            if request.max_computed_tokens > before:
+                self.counters.recomputed_tokens += (
+                    min(request.max_computed_tokens, request.num_computed_tokens) - before
+                )
+            if request.max_computed_tokens < request.num_computed_tokens:
+                request.max_computed_tokens = request.num_computed_tokens
             request.num_placeholders += samples
             plan.group.kv.publish_computed(request, request.num_computed_tokens)
         return batch

@@ -1,18 +1,17 @@
-"""Seconds of collectives: latency of their hops, and bytes over bandwidth."""
+"""Seconds of collectives: a latency, and bytes over bandwidth."""
 
 from __future__ import annotations
-
-import math
 
 from ridgewalk.placement.hardware import HardwareSpec
 
 
 def all_reduce_s(hardware: HardwareSpec, ranks: int, num_bytes: float) -> float:
-    """Each rank sends and receives 2 (n - 1) / n of the bytes (Thakur et al. 2005, section 4.5); log2 n hops each way.
+    """Through a switch that adds up (NVLink SHARP) each rank sends and receives its bytes once.
 
-    One hop's latency is that of a step of a collective inside a CUDA graph.
+    Otherwise, as in a ring, 2 (n - 1) / n of them (Thakur et al. 2005, section 4.5).
     """
-    return _seconds(hardware, ranks, 2 * (ranks - 1) / ranks * num_bytes)
+    once = hardware.link(ranks).reduces_in_switch
+    return _seconds(hardware, ranks, num_bytes if once else 2 * (ranks - 1) / ranks * num_bytes)
 
 
 def all_gather_s(hardware: HardwareSpec, ranks: int, num_bytes: float) -> float:
@@ -35,4 +34,4 @@ def _seconds(hardware: HardwareSpec, ranks: int, sent_bytes: float) -> float:
     if ranks == 1:
         return 0.0
     link = hardware.link(ranks)
-    return link.latency_s * math.log2(ranks) + sent_bytes / (link.bandwidth * hardware.link_efficiency)
+    return link.latency_s + sent_bytes / (link.bandwidth * hardware.link_efficiency)

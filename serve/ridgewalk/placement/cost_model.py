@@ -41,7 +41,7 @@ class StepTime:
     all_reduce: float = 0.0  # among tensor-parallel ranks
     dispatch_combine: float = 0.0  # all-to-all among expert-parallel ranks
     launch: float = 0.0  # kernels that follow each other
-    send: float = 0.0  # to the next stage
+    send: float = 0.0  # to the next stage, and taking over from the one before
 
     @property
     def total(self) -> float:
@@ -116,16 +116,16 @@ class CostModel:
         all_reduce = dispatch = 0.0
         if mesh.tp > 1:
             one = all_reduce_s(hardware, mesh.tp, hidden_bytes)
-            gathered = (
-                stage.num_sparse if mesh.expert_parallel else 0
-            )  # a rank dispatches its share of tokens
+            gathered = stage.num_sparse if mesh.expert_parallel else 0  # a rank dispatches its share of tokens
             all_reduce = (2 * stage.num_layers - gathered) * one
             all_reduce += gathered * all_gather_s(hardware, mesh.tp, hidden_bytes)
         if self._ep > 1 and self.spec.moe:
             copies = min(self.spec.moe.top_k, self._ep)  # a token is sent once to each rank that has experts of its
             one = all_to_all_s(hardware, self._ep, hidden_bytes / mesh.tp * copies)
             dispatch = 2 * stage.num_sparse * one
-        send = 0.0 if stage.is_last else send_s(hardware, mesh.dp * mesh.tp, hidden_bytes / mesh.tp)
+        send = hardware.stage_overhead_s if mesh.pp > 1 else 0.0
+        if not stage.is_last:
+            send += send_s(hardware, mesh.dp * mesh.tp, hidden_bytes / mesh.tp)
         launch = stage.num_layers * hardware.layer_overhead_s
         return StepTime(weights, products, attention, all_reduce, dispatch, launch, send)
 

@@ -24,8 +24,9 @@ class HardwareError(ValueError):
 class Link(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """How devices reach each other."""
 
-    latency_s: _NotNegative  # of one hop of a collective, its kernel's start included
+    latency_s: _NotNegative  # of a collective of few bytes in a CUDA graph, ranks waiting for each other included
     bandwidth: _Positive  # bytes/s of one device, one way
+    reduces_in_switch: bool = False
 
 
 class HardwareSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -41,6 +42,7 @@ class HardwareSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     bandwidth_efficiency: _Share
     flops_efficiency: _Share
     link_efficiency: _Share
+    stage_overhead_s: _NotNegative  # of handing a step from one pipeline stage to the next, which is busy with it
     layer_overhead_s: _NotNegative  # of one layer in one step: kernels that follow each other
     step_overhead_s: _NotNegative  # of one step on the host: scheduling, input, sampling, messages
     sequence_overhead_s: _NotNegative  # the same, for each sequence of the step

@@ -60,6 +60,7 @@ class ReplicaSimulation:
         self.scheduler = Scheduler(self.config)
         self._sampling = SamplingParams(max_tokens=self.max_output_length, stop_token_ids=(STOP_TOKEN,))
         self._running: dict[int, Request] = {}
+        self._lengths: dict[int, int] = {}
         self._open: deque[tuple[StepInput, float]] = deque()  # steps in flight, and when they end
         self._stage_free_s = [0.0] * self.cost.num_stages
         self._host_free_s = 0.0
@@ -76,6 +77,7 @@ class ReplicaSimulation:
         request = Request(seq_id, "", 0, [OTHER_TOKEN] * prompt_length, prompt_length, self._sampling, now_s)
         self.scheduler.add(request)
         self._running[seq_id] = request
+        self._lengths[seq_id] = output_length
         self.logs[seq_id] = RequestLog(now_s, output_length)
 
     def run_until(self, limit_s: float = math.inf) -> None:
@@ -92,51 +94,73 @@ class ReplicaSimulation:
         if rounds < 1:
             return False
         running = [request for group in self.scheduler.groups for request in group.running]
-        left = [self.logs[request.seq_id].output_length - request.num_output_tokens for request in running]
+        lengths = self._lengths
+        left = [lengths[request.seq_id] + request.num_prompt_tokens - len(request.token_ids) for request in running]
         micro_batches = 1 + len(self._open)
         rounds = min(rounds, min(left) - (micro_batches > 1))  # in a pipeline a sequence ends within a round
-        if rounds < 1 or any(request.num_output_tokens == 0 for request in running):
-            return False  # the first token of a prompt in flight comes in its own step
-        rounds = self._rounds_before(limit_s, rounds, micro_batches)
-        seconds = rounds * self._round_s((rounds - 1) / 2, micro_batches, rounds)
+        if rounds < 1 or self._first_tokens_due(running):
+            return False
+        loads = self._decode_loads(micro_batches)
+        if limit_s < math.inf:
+            rounds = self._rounds_before(limit_s, rounds, micro_batches, loads)
+        # Each round takes as long as the one before and a constant more: all of them, so many times the middle one.
+        stages, host_s, seconds = self._round(loads, micro_batches, (rounds - 1) / 2)
+        self._account(stages, host_s, rounds * micro_batches)
         stopped = {request for request, count in zip(running, left, strict=True) if count == rounds}
         ended = self.scheduler.advance(rounds, stopped)
-        self.clock_s += seconds
-        self._host_free_s += seconds
-        self._stage_free_s = [free + seconds for free in self._stage_free_s]
-        later = rounds * micro_batches
-        self._open = deque((StepInput(step.step_id + later, step.groups), end + seconds) for step, end in self._open)
+        self._pass(rounds * seconds, rounds * micro_batches)
         self._end(ended)
         return True
 
-    def _rounds_before(self, limit_s: float, rounds: int, micro_batches: int) -> int:
-        """Rounds that begin before ``limit_s``: each takes as long as the one before and a constant more."""
-        gap, first = limit_s - self.clock_s, self._round_s(0, micro_batches)
-        if gap >= rounds * self._round_s((rounds - 1) / 2, micro_batches):
+    def _first_tokens_due(self, running: list[Request]) -> bool:
+        """In a pipeline, whether a step in flight ends a prompt: its first token comes in that very step."""
+        return bool(self._open) and any(request.num_output_tokens == 0 for request in running)
+
+    def _pass(self, seconds: float, num_steps: int) -> None:
+        """So much time has passed and everything in flight is again as it was, so many steps later."""
+        self.clock_s += seconds
+        self._host_free_s += seconds
+        self._stage_free_s = [free + seconds for free in self._stage_free_s]
+        self._open = deque(
+            (StepInput(step.step_id + num_steps, step.groups), end + seconds) for step, end in self._open
+        )
+
+    def _rounds_before(self, limit_s: float, rounds: int, micro_batches: int, loads: list[GroupLoad]) -> int:
+        """Rounds that begin before ``limit_s``."""
+        gap, first = limit_s - self.clock_s, self._round(loads, micro_batches, 0)[2]
+        last = self._round(loads, micro_batches, rounds - 1)[2]
+        if gap >= rounds * (first + last) / 2:
             return rounds
-        more = (self._round_s(rounds - 1, micro_batches) - first) / max(1, rounds - 1)
+        more = (last - first) / max(1, rounds - 1)
         half = first - more / 2  # of: more / 2 * n^2 + half * n = gap
         count = gap / half if more <= 0 else (math.sqrt(half * half + 2 * more * gap) - half) / more
         return max(1, min(rounds, math.ceil(count)))
 
-    def _round_s(self, rounds_ahead: float, micro_batches: int, rounds: int = 0) -> float:
-        """Seconds of the round after so many others. ``rounds``: so many like it are on the account of `spent_s`."""
+    def _decode_loads(self, micro_batches: int) -> list[GroupLoad]:
+        """Of each attention group's mean micro-batch in the next round."""
         loads = []
         for group in self.scheduler.groups:
             number = len(group.running)
-            contexts = sum([request.num_computed_tokens for request in group.running]) + number * (1 + rounds_ahead)
+            contexts = sum([request.num_computed_tokens for request in group.running]) + number
             share = number / micro_batches
             loads.append(GroupLoad(share, share, contexts / micro_batches, contexts / micro_batches))
-        stages = self.cost.stage_times(loads)
+        return loads
+
+    def _round(
+        self, loads: list[GroupLoad], micro_batches: int, rounds_ahead: float
+    ) -> tuple[list[StepTime], float, float]:
+        """One micro-batch's time on each stage and on the host, and the seconds of the round after so many others."""
+        grown = [
+            GroupLoad(load.num_tokens, load.num_sequences, contexts, contexts)
+            for load in loads
+            for contexts in (load.kv_tokens + load.num_sequences * rounds_ahead,)
+        ]
+        stages = self.cost.stage_times(grown)
         host_s = self.cost.host_s(sum(load.num_sequences for load in loads))
         times = [stage.total for stage in stages]
-        if self.cost.num_stages == 1:
-            seconds = max(host_s, times[0]) if self.host_overlaps else host_s + times[0]
-        else:
-            seconds = max(host_s + sum(times), micro_batches * max(host_s, *times))
-        if rounds:
-            self._account(stages, host_s, rounds * micro_batches)
-        return seconds
+        if self.cost.num_stages > 1:
+            return stages, host_s, max(host_s + sum(times), micro_batches * max(host_s, *times))
+        return stages, host_s, max(host_s, times[0]) if self.host_overlaps else host_s + times[0]
 
     # -- one step -----------------------------------------------------------------------------------------------------
 
