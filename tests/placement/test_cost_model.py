@@ -1,0 +1,121 @@
+"""Times of steps, checked against what can be worked out on paper."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import fields
+
+import msgspec
+import pytest
+
+from ridgewalk.placement.collective_cost import all_reduce_s
+from ridgewalk.placement.cost_model import CostModel, GroupLoad, StepTime
+from ridgewalk.placement.data_files import shipped_path
+from ridgewalk.placement.hardware import HardwareSpec, find_hardware
+from ridgewalk.placement.mesh import Mesh
+from ridgewalk.placement.model_spec import ModelSpec
+
+
+def shipped(name: str) -> ModelSpec:
+    path = shipped_path("models", name)
+    assert path is not None
+    return ModelSpec.from_config(json.loads(path.read_text()))
+
+
+def ideal(text: str = "8xh200") -> HardwareSpec:
+    """Hardware that reaches its peaks and has no overheads."""
+    names = ("bandwidth_efficiency", "flops_efficiency", "link_efficiency")
+    overheads = ("stage_overhead_s", "layer_overhead_s", "step_overhead_s", "sequence_overhead_s")
+    return msgspec.structs.replace(find_hardware(text), **dict.fromkeys(names, 1.0), **dict.fromkeys(overheads, 0.0))
+
+
+def decoding(sequences: float, context: float) -> GroupLoad:
+    return GroupLoad(sequences, sequences, sequences * context, sequences * context)
+
+
+def test_one_sequence_reads_the_weights_and_its_context_once() -> None:
+    spec = shipped("qwen2.5-32b")
+    (time,) = CostModel(spec, Mesh(), ideal()).stage_times([decoding(1, 1000)])
+    read = 2 * (spec.num_parameters - spec.vocab_size * spec.hidden_size)  # one row of the embedding is looked up
+    assert time.weights == pytest.approx(read / 4.8e12, rel=1e-3)
+    assert time.attention == pytest.approx(262_144 * 1000 / 4.8e12)
+    assert time.products == time.all_reduce == time.send == time.dispatch_combine == 0
+
+
+def test_a_long_prompt_takes_the_time_of_its_arithmetic() -> None:
+    spec = shipped("llama-3.1-8b")
+    (time,) = CostModel(spec, Mesh(), ideal()).stage_times([GroupLoad(8192, 1, 8192, 8192 * 4096.5)])
+    head = 2 * spec.vocab_size * spec.hidden_size
+    assert time.products == pytest.approx((8192 * (spec.flops_per_token() - head) + head) / 989e12, rel=1e-6)
+    assert time.weights == 0
+
+
+def test_ranks_share_weights_and_kv_and_pay_two_all_reduces_a_layer() -> None:
+    spec, hardware = shipped("llama-3.1-70b"), ideal()
+    (one,) = CostModel(spec, Mesh(), hardware).stage_times([decoding(8, 4000)])
+    (eight,) = CostModel(spec, Mesh(tp=8), hardware).stage_times([decoding(8, 4000)])
+    assert eight.weights == pytest.approx(one.weights / 8, rel=1e-2)
+    assert eight.attention == pytest.approx(one.attention / 8)
+    assert eight.all_reduce == pytest.approx(160 * all_reduce_s(hardware, 8, 8 * 8192 * 2))
+
+
+def test_an_all_reduce_sends_its_bytes_once_through_the_switch_and_twice_round_a_ring() -> None:
+    nodes = ideal("2x8xh200")
+    assert all_reduce_s(nodes, 8, 450e9) == pytest.approx(1 + nodes.within_node.latency_s)
+    assert all_reduce_s(nodes, 16, 50e9) == pytest.approx(2 * 15 / 16 + nodes.between_nodes.latency_s)
+
+
+def test_stages_share_out_the_layers_and_only_the_last_has_the_head() -> None:
+    spec, hardware = shipped("qwen2.5-14b"), ideal()
+    (whole,) = CostModel(spec, Mesh(), hardware).stage_times([decoding(4, 1000)])
+    stages = CostModel(spec, Mesh(pp=4), hardware).stage_times([decoding(4, 1000)])
+    assert sum(stage.weights for stage in stages) == pytest.approx(whole.weights)
+    assert sum(stage.attention for stage in stages) == pytest.approx(whole.attention)
+    assert [stage.send > 0 for stage in stages] == [True, True, True, False]
+
+
+def test_a_latent_is_repeated_by_tensor_parallelism_and_divided_by_stages_and_attention_groups() -> None:
+    spec, hardware = shipped("deepseek-r1"), ideal()
+
+    def attention(mesh: Mesh, groups: int = 1) -> float:
+        loads = [decoding(8 / groups, 4000)] * groups
+        return CostModel(spec, mesh, hardware).stage_times(loads)[0].attention
+
+    assert attention(Mesh(tp=8)) == pytest.approx(61 * 576 * 2 * 8 * 4000 / 4.8e12)
+    assert attention(Mesh(tp=4, pp=2)) == pytest.approx(attention(Mesh(tp=8)) / 2, rel=0.05)
+    assert attention(Mesh(dp=8, expert_parallel=True), groups=8) < attention(Mesh(tp=8)) / 2
+
+
+def test_more_tokens_touch_more_experts_until_all_are_read() -> None:
+    model = CostModel(shipped("mixtral-8x7b"), Mesh(tp=2), ideal())
+    few, more, all_of_them = (model.stage_times([decoding(count, 100)])[0].weights for count in (1, 4, 64))
+    assert few < more < all_of_them
+    experts = 32 * 8 * 3 * 4096 * 14336 * 2 / 2 / 4.8e12
+    assert all_of_them - few == pytest.approx(experts * 6 / 8, rel=0.01)  # one token of two choices touches a quarter
+
+
+def test_experts_of_all_attention_groups_pay_dispatch_and_combine() -> None:
+    spec = shipped("qwen3-235b-a22b")
+    (time,) = CostModel(spec, Mesh(dp=8, expert_parallel=True), ideal()).stage_times([decoding(32, 2000)] * 8)
+    sent = 32 * 4096 * 2 * 8 * 7 / 8
+    assert time.dispatch_combine == pytest.approx(2 * 94 * (10e-6 + sent / 450e9))
+    assert time.all_reduce == 0
+
+
+@pytest.mark.parametrize("constant", ["layer_overhead_s", "stage_overhead_s"])
+def test_every_overhead_is_in_the_total(constant: str) -> None:
+    hardware, load = ideal(), [decoding(8, 1000)]
+    slower = msgspec.structs.replace(hardware, **{constant: 1.0})
+    before, after = (
+        CostModel(shipped("qwen2.5-14b"), Mesh(pp=2), each).stage_times(load) for each in (hardware, slower)
+    )
+    assert all(late.total > early.total + 0.9 for early, late in zip(before, after, strict=True))
+
+
+def test_the_host_pays_for_each_step_and_each_sequence() -> None:
+    hardware = msgspec.structs.replace(ideal(), step_overhead_s=1e-3, sequence_overhead_s=1e-5)
+    assert CostModel(shipped("qwen2.5-14b"), Mesh(), hardware).host_s(100) == pytest.approx(2e-3)
+
+
+def test_total_is_the_sum_of_the_terms() -> None:
+    assert StepTime(*(float(2**at) for at, _ in enumerate(fields(StepTime)))).total == 2 ** len(fields(StepTime)) - 1

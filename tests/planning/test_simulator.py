@@ -1,0 +1,127 @@
+"""The simulation, in loads small enough to work out, and against its own single steps."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+
+import pytest
+
+from ridgewalk.placement.data_files import shipped_path
+from ridgewalk.placement.hardware import find_hardware
+from ridgewalk.placement.mesh import Mesh, placement_name
+from ridgewalk.placement.model_spec import ModelSpec
+from ridgewalk.planning.load import make_load
+from ridgewalk.planning.planner import Limits, evaluate, rank
+from ridgewalk.planning.policy import POLICIES
+from ridgewalk.planning.replica_simulation import ReplicaSimulation
+from ridgewalk.planning.shape import ShapeError, enumerate_placements, parse_placement
+from ridgewalk.planning.simulator import Arrival, Outcome, Scene, simulate
+
+
+def scene(arrivals: list[Arrival], hardware: str = "8xh200", model: str = "qwen2.5-14b", **policy: object) -> Scene:
+    path = shipped_path("models", model)
+    assert path is not None
+    spec = ModelSpec.from_config(json.loads(path.read_text()))
+    return Scene(spec, find_hardware(hardware), replace(POLICIES["vllm"], **policy), tuple(arrivals))  # type: ignore[arg-type]
+
+
+def batch(count: int = 24, longest: int = 400) -> list[Arrival]:
+    return [Arrival(0.0, 40 + 7 * at % 90, 20 + (at * 97) % longest) for at in range(count)]
+
+
+def singly(monkeypatch: pytest.MonkeyPatch, situation: Scene, placement: str) -> Outcome:
+    with monkeypatch.context() as patched:
+        patched.setattr(ReplicaSimulation, "_advance", lambda self, limit_s: False)
+        return simulate(situation, parse_placement(placement))
+
+
+@pytest.mark.parametrize("placement", ["TP8", "DP8", "DP4xTP2", "PP4xTP2", "DP2xPP2xTP2"])
+@pytest.mark.parametrize("memory_share", [0.9, 0.25])
+def test_many_steps_at_once_take_the_time_of_single_ones(
+    monkeypatch: pytest.MonkeyPatch, placement: str, memory_share: float
+) -> None:
+    situation = scene(batch(), memory_share=memory_share, max_num_batched_tokens=256)
+    bulk, single = simulate(situation, parse_placement(placement)), singly(monkeypatch, situation, placement)
+    close = 0.02 if "PP" in placement else 1e-6  # micro-batches of unequal size go round as if they were equal
+    assert bulk.makespan_s == pytest.approx(single.makespan_s, rel=close)
+    assert bulk.ttft_p50_s == pytest.approx(single.ttft_p50_s, rel=close)
+    assert bulk.tpot_p50_s == pytest.approx(single.tpot_p50_s, rel=close)
+    assert (bulk.preemptions, bulk.recomputed_tokens) == (single.preemptions, single.recomputed_tokens)
+
+
+def test_arrivals_are_seen_at_their_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    arrivals = [replace(arrival, time_s=0.21 * at) for at, arrival in enumerate(batch(12))]
+    situation = scene(arrivals)
+    bulk, single = simulate(situation, parse_placement("DP2xTP4")), singly(monkeypatch, situation, "DP2xTP4")
+    assert bulk.makespan_s == pytest.approx(single.makespan_s, rel=1e-6)
+    assert bulk.ttft_p50_s == pytest.approx(single.ttft_p50_s, rel=1e-6)
+    assert all(log.first_token_s > log.arrival_s for log in bulk.logs)
+
+
+def test_every_request_gets_all_its_tokens_whatever_the_placement() -> None:
+    arrivals = batch(12, 60)
+    for name in ("TP8", "PP8", "DP4+TP4", "DP2xEP2", "DP2xPP2xTP2xEP4"):
+        outcome = simulate(scene(arrivals, model="mixtral-8x7b"), parse_placement(name))
+        assert outcome.output_tokens == sum(arrival.output_length for arrival in arrivals), name
+        assert len(outcome.logs) == 12
+        assert all(log.arrival_s < log.first_token_s <= log.end_s < math.inf for log in outcome.logs), name
+        assert sum(outcome.spent_s.values()) <= outcome.makespan_s * 1.001, name
+
+
+def test_too_little_kv_means_preemptions_and_a_longer_time() -> None:
+    arrivals = [Arrival(0.0, 100, 1500) for _ in range(40)]
+    ample = simulate(scene(arrivals, "h200"), parse_placement("TP1"))
+    scarce = simulate(scene(arrivals, "h200", memory_share=0.236), parse_placement("TP1"))
+    assert ample.preemptions == ample.recomputed_tokens == 0
+    assert scarce.kv_capacity_tokens < 40 * 1600 < ample.kv_capacity_tokens
+    assert scarce.preemptions > 0
+    assert scarce.recomputed_tokens > 0
+    assert scarce.makespan_s > 1.3 * ample.makespan_s
+
+
+def test_ranking_is_by_throughput_or_by_requests_within_the_limits() -> None:
+    situation = scene(list(make_load("chat", 16, None, 0)))
+    candidates = evaluate(situation, [parse_placement(name) for name in ("DP8", "TP8", "TP16")])
+    by_throughput = rank(candidates, "throughput", Limits())
+    assert by_throughput[-1].placement.name == "TP16"
+    fastest = min(candidates[:2], key=lambda each: each.outcome.tpot_p50_s if each.outcome else math.inf)
+    assert fastest.outcome is not None
+    limits = Limits(tpot_s=fastest.outcome.tpot_p50_s * 1.01)
+    assert rank(candidates, "goodput", limits)[0] is fastest
+
+
+def test_placements_of_a_dense_model_use_every_device_once() -> None:
+    placements = enumerate_placements(8, 8, sparse=False)
+    names = [placement.name for placement in placements]
+    assert len(set(names)) == len(names)
+    assert set(names) == {
+        "TP8", "PP2xTP4", "PP4xTP2", "PP8", "DP2xTP4", "DP2xPP2xTP2", "DP2xPP4", "DP4xTP2", "DP4xPP2", "DP8",
+        "DP4+DP2xTP2", "DP4+TP4", "DP2xTP2+TP4",
+    }  # fmt: skip
+    assert all(placement.num_devices == 8 for placement in placements)
+
+
+def test_sparse_models_have_expert_parallel_ones_too_and_tensor_parallelism_stays_in_a_node() -> None:
+    names = {placement.name for placement in enumerate_placements(16, 8, sparse=True)}
+    assert {"DP16xEP16", "DP2xTP8xEP16", "DP2xPP2xTP4xEP8", "2xDP8xEP8", "PP2xTP8"} <= names
+    assert not any("TP16" in name for name in names)
+
+
+@pytest.mark.parametrize("name", ["TP8", "DP4xTP2", "PP2xTP4", "DP8xEP8", "2xDP2xEP2", "DP2+TP2", "DP2xPP2xTP2xEP4"])
+def test_a_name_is_read_as_it_is_written(name: str) -> None:
+    assert parse_placement(name).name == name
+    assert parse_placement(name.lower()).name == name
+
+
+def test_names_and_meshes_agree() -> None:
+    (shape,) = parse_placement("2xDP2xPP2xTP2xEP4").shapes
+    assert (shape.replicas, shape.mesh) == (2, Mesh(2, 2, 2, expert_parallel=True))
+    assert placement_name(shape.replicas, shape.mesh) == "2xDP2xPP2xTP2xEP4"
+
+
+@pytest.mark.parametrize("name", ["", "TP", "TP0", "8", "TP2xPP2", "DP2xTP2x", "TP2+", "EP3xTP2"])
+def test_what_is_no_name_is_refused(name: str) -> None:
+    with pytest.raises(ShapeError):
+        parse_placement(name)
