@@ -23,6 +23,10 @@ RECORDING = {"enable_expert_parallel": True, "record_expert_load": "/var/seen.js
         ({"models": [{"model": "x", "placements": [{"replicas": 0}]}]}, r"models\[0\].placements\[0\].replicas: .*1"),
         ({"models": [{"model": "x", "placements": [{"pipeline_parallel_size": 0}]}]}, "pipeline_parallel_size"),
         (
+            {"models": [{"model": "x", "admission": "hopeful"}]},
+            r"admission: .*'prompt_only' or 'predictive'",
+        ),
+        (
             {"models": [{"model": "x", "placements": [{"record_expert_load": "f.json"}]}]},
             "record_expert_load needs enable_expert_parallel",
         ),

@@ -58,6 +58,7 @@ WRONG = {
     "--max-num-seqs": "0",
     "--max-num-batched-tokens": "0",
     "--block-size": "0",
+    "--admission": "hopeful",
     "--max-waiting": "0",
     "--port": "0",
     "--ingress-replicas": "0",

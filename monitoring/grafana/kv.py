@@ -28,7 +28,7 @@ KV = Board(
                     "(`-tp`, or `-dp` with `--enable-expert-parallel`), or lower `--max-num-seqs`.",
                     SHARE,
                     (Query(f"ridgewalk_kv_cache_usage_ratio{{{PLACEMENT}}}", REPLICA),),
-                    width=12,
+                    width=8,
                     limits=(0.9, 0.98),
                     maximum=1,
                 ),
@@ -45,9 +45,21 @@ KV = Board(
                             REPLICA + " group {{group}}",
                         ),
                     ),
-                    width=12,
+                    width=8,
                     limits=(0.9, 0.98),
                     maximum=1,
+                ),
+                Panel(
+                    "Predicted peak of KV use",
+                    "The most blocks that the running sequences are expected to need at one time, with a margin, of "
+                    "all blocks of their group. Predictive admission lets the next one begin when the peak with it is "
+                    "at most 100 %.",
+                    "Far above what is used: long answers are still to come, and requests wait for them. Over 100 %: "
+                    "answers grow longer than before, and somebody may be preempted.",
+                    SHARE,
+                    (Query(f"ridgewalk_kv_predicted_peak_ratio{{{PLACEMENT}}}", REPLICA + " group {{group}}"),),
+                    width=8,
+                    limits=(1.0, 1.2),
                 ),
                 Panel(
                     "Blocks by state",

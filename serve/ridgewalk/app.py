@@ -249,6 +249,7 @@ def _resolve_placement(
         max_num_batched_tokens=model.max_num_batched_tokens,
         block_size=model.block_size,
         enable_prefix_caching=model.enable_prefix_caching,
+        admission=model.admission,
         max_waiting=max(1, model.max_waiting // num_replicas),
         memory=placement.memory,
         num_blocks=placement.num_blocks,

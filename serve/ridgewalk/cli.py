@@ -134,6 +134,13 @@ def serve(
             help="Reuse the KV of equal prefixes.",
         ),
     ] = True,
+    admission: Annotated[
+        str,
+        typer.Option(
+            rich_help_panel=ENGINE,
+            help="predictive: requests begin when the predicted peak of KV use fits; prompt_only: when prompts fit.",
+        ),
+    ] = "predictive",
     max_waiting: Annotated[
         int, typer.Option(rich_help_panel=ENGINE, help="Waiting sequences per model; beyond it clients get 429.")
     ] = 2048,

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
+from ridgewalk.engine.scheduler_config import AdmissionName
 from ridgewalk.placement.mesh import Mesh, placement_name
 
 LONGEST_STREAM_S = 3600.0
@@ -124,6 +125,7 @@ class ModelConfig(_Strict):
     max_num_batched_tokens: int = Field(2048, ge=1)
     block_size: int = Field(16, ge=1)
     enable_prefix_caching: bool = True
+    admission: AdmissionName = "predictive"  # by the predicted peak of KV use, or by the prompt alone (prompt_only)
     max_waiting: int = Field(2048, ge=1)  # waiting sequences per model; beyond it requests get 429
     placements: list[PlacementConfig] = Field(default_factory=lambda: [PlacementConfig()], min_length=1)
 

@@ -30,7 +30,8 @@ PICTURED = (
 def configuration(num_blocks: int) -> dict[str, object]:
     """Two replicas with KV for a few long answers each."""
     placement = {"replicas": 2, "num_blocks": num_blocks}
-    model = {"model": MODEL, "max_model_len": 1024, "max_num_seqs": 64, "placements": [placement]}
+    model = {"model": MODEL, "max_model_len": 1024, "max_num_seqs": 64, "placements": [placement],
+             "admission": "prompt_only"}  # fmt: skip
     return {"host": "127.0.0.1", "port": free_port("127.0.0.1"), "models": [model]}
 
 

@@ -32,6 +32,21 @@ def test_cached_blocks_are_evicted_least_recently_released_first_and_tails_befor
     pool.check_integrity()
 
 
+def test_awaited_blocks_are_evicted_last_until_nobody_awaits_them() -> None:
+    pool = BlockPool(3)
+    for content in range(3):
+        (block,) = pool.allocate(1) or []
+        pool.publish(block, hash_block(b"", [content]))
+        pool.release([block], awaited=content < 2)
+    pool.check_integrity()
+    first, second, last = (pool.find(hash_block(b"", [content])) for content in range(3))
+    assert pool.allocate(1) == [last]
+    assert second is not None
+    pool.await_no_more(second)
+    assert pool.allocate(2) == [second, first]
+    pool.check_integrity()
+
+
 def test_a_found_block_is_shared_until_its_last_holder_leaves() -> None:
     pool = BlockPool(2)
     blocks = pool.allocate(1)

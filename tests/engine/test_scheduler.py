@@ -77,6 +77,33 @@ def test_the_last_admitted_is_preempted_and_its_recomputation_counted() -> None:
     assert len(second.output_token_ids) == 9
 
 
+def test_what_a_preempted_request_had_outlives_what_others_leave_behind() -> None:
+    core = make_core(num_blocks=6, max_model_len=24)
+    first, second = add(core, [1] * 7, 14), add(core, [2] * 7, 9)
+    while not second.num_preemptions:
+        core.pump()
+    while first.finish_reason is None:  # it grows into the three blocks of the other, last one first
+        core.pump()
+    core.pump()
+    assert second.num_computed_tokens > 0
+    assert core.scheduler.counters.recomputed_tokens < second.num_lost_tokens
+
+
+@pytest.mark.parametrize("at_end", [FinishReason.ABORT, None])
+def test_nobody_awaits_the_blocks_of_a_preempted_request_that_left_or_returned(at_end: FinishReason | None) -> None:
+    core = make_core(num_blocks=4, max_model_len=16)
+    add(core, [1] * 7, 9)
+    second = add(core, [2] * 7, 9)
+    while not second.num_preemptions:
+        core.pump()
+    if at_end:
+        core.finish(second, at_end)
+    run(core)
+    pool = core.scheduler.groups[0].kv.pool
+    assert pool.num_available == 4
+    assert not pool._awaited
+
+
 def test_nothing_is_admitted_in_a_step_that_preempted() -> None:
     core = make_core(num_blocks=4, max_model_len=16, enable_prefix_caching=False)
     first, second = add(core, [1] * 7, 9), add(core, [2] * 7, 9)

@@ -29,6 +29,17 @@ def test_gauges_of_a_known_state() -> None:
     assert value(text, "kv_internal_fragmentation_ratio") == 16 / 128
 
 
+def test_predicted_peaks_are_shares_of_each_groups_cache_and_absent_when_nobody_predicts() -> None:
+    metrics = make_metrics()
+    groups = [GroupStats(6, 1, 3, 12, 2, predicted_peak_blocks=9.5), GroupStats(2, 2, 6, 4, 1, predicted_peak_blocks=2)]
+    metrics.on_stats(make_stats(groups))
+    text = scrape(metrics)
+    assert value(text, "kv_predicted_peak_ratio", group="0") == 0.95
+    assert value(text, "kv_predicted_peak_ratio", group="1") == 0.2
+    metrics.on_stats(make_stats())
+    assert value(scrape(metrics), "kv_predicted_peak_ratio", group="0") is None
+
+
 def test_an_idle_cache_wastes_nothing() -> None:
     metrics = make_metrics()
     metrics.on_stats(make_stats())

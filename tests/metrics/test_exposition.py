@@ -29,7 +29,7 @@ def full_service(num_replicas: int = 3, tp: int = 2) -> list[Snapshot]:
     answers = []
     for index in range(num_replicas):
         metrics = make_metrics(str(index), tp=tp, placement=f"DP{num_replicas}xTP{tp}")
-        group = GroupStats(0, 0, 100, 0, 0, throttled=index == 0)
+        group = GroupStats(0, 0, 100, 0, 0, throttled=index == 0, predicted_peak_blocks=50.0)
         metrics.on_stats(make_stats([group], prompt_tokens=index, num_waiting=1, head_of_line_blocks=1))
         metrics.on_admitted(0.1 * index)
         ops = ("all_reduce", "all_gather", "gather")

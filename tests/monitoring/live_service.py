@@ -29,7 +29,9 @@ PEAKS = {"peak_flops_per_rank": 200e9, "peak_bandwidth_per_rank": "20GB"}
 
 
 def configuration(models: Mapping[str, list[dict[str, Any]]], num_blocks: int) -> dict[str, Any]:
-    """A service of these placements, with so little KV that requests wait for it and are preempted."""
+    """A service of these placements, with so little KV that requests wait for it. Of the first model they are preempted
+    too; the others predict what they will need.
+    """
     return {
         "host": "127.0.0.1",
         "port": free_port("127.0.0.1"),
@@ -38,9 +40,10 @@ def configuration(models: Mapping[str, list[dict[str, Any]]], num_blocks: int) -
                 "model": model,
                 "max_model_len": MAX_MODEL_LEN,
                 "max_num_seqs": 16,
+                "admission": "predictive" if index else "prompt_only",
                 "placements": [{**placement, **PEAKS, "num_blocks": num_blocks} for placement in placements],
             }
-            for model, placements in models.items()
+            for index, (model, placements) in enumerate(models.items())
         ],
     }
 

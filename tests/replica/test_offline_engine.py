@@ -45,6 +45,7 @@ def engine_config(folder: Path, tp: int = 1, **changes: object) -> EngineConfig:
         "max_waiting": 100,
         "num_blocks": 64,
         "threads_per_rank": 1,
+        "admission": "prompt_only",  # the policy under which much is preempted
     }
     return EngineConfig(**{**settings, **changes})  # type: ignore[arg-type]
 

@@ -87,6 +87,7 @@ def engine_config(folder: Path, **changes: object) -> EngineConfig:
         "block_size": 4,
         "max_waiting": 100,
         "num_blocks": 9,  # so few that requests are preempted
+        "admission": "prompt_only",
         "threads_per_rank": 1,
     }
     return EngineConfig(**{**settings, **changes})  # type: ignore[arg-type]

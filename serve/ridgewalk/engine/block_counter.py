@@ -34,7 +34,7 @@ class BlockCounter(BlockPool):
         if any(True for _ in blocks):
             raise RuntimeError("a counter of blocks has none that could be found")
 
-    def release(self, blocks: Sequence[int]) -> None:
+    def release(self, blocks: Sequence[int], awaited: bool = False) -> None:
         self._num_free += len(blocks)
 
     def check_integrity(self) -> None:

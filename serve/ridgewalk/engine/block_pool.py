@@ -30,6 +30,7 @@ class BlockPool:
         self.num_blocks = num_blocks
         self._free = list(range(num_blocks - 1, -1, -1))  # a stack: recently used memory is warm
         self._cached: OrderedDict[int, None] = OrderedDict()  # unreferenced, with content; first is evicted first
+        self._awaited: OrderedDict[int, None] = OrderedDict()  # the same, of preempted requests: evicted last
         self._ref_counts = [0] * num_blocks
         self._hash_of: dict[int, bytes] = {}
         self._block_of: dict[bytes, int] = {}
@@ -42,12 +43,12 @@ class BlockPool:
     @property
     def num_cached(self) -> int:
         """Unreferenced blocks whose content may still be found."""
-        return len(self._cached)
+        return len(self._cached) + len(self._awaited)
 
     @property
     def num_available(self) -> int:
         """Blocks that `allocate` can hand out: free and evictable ones."""
-        return len(self._free) + len(self._cached)
+        return len(self._free) + len(self._cached) + len(self._awaited)
 
     @property
     def num_used(self) -> int:
@@ -77,11 +78,14 @@ class BlockPool:
         """Add a reference to blocks that `find` returned."""
         for block in blocks:
             if self._ref_counts[block] == 0:
-                del self._cached[block]
+                del (self._awaited if block in self._awaited else self._cached)[block]
             self._ref_counts[block] += 1
 
-    def release(self, blocks: Sequence[int]) -> None:
-        """Drop a reference. The last of ``blocks`` becomes the first to be evicted: a prefix outlives what follows."""
+    def release(self, blocks: Sequence[int], awaited: bool = False) -> None:
+        """Drop a reference. The last of ``blocks`` becomes the first to be evicted: a prefix outlives what follows.
+
+        ``awaited``: a request will look for them again, so they outlive those of which nobody knows that.
+        """
         for block in reversed(blocks):
             count = self._ref_counts[block] - 1
             if count < 0:
@@ -89,9 +93,15 @@ class BlockPool:
             self._ref_counts[block] = count
             if count == 0:
                 if block in self._hash_of:
-                    self._cached[block] = None
+                    (self._awaited if awaited else self._cached)[block] = None
                 else:
                     self._free.append(block)
+
+    def await_no_more(self, block: int) -> None:
+        """Nobody in particular will look for the block: it is cached like any other."""
+        if block in self._awaited:
+            del self._awaited[block]
+            self._cached[block] = None
 
     def publish(self, block: int, block_hash: bytes) -> None:
         """Make a full, used block findable. The first block with a content keeps it; a twin stays private."""
@@ -101,9 +111,11 @@ class BlockPool:
 
     def check_integrity(self) -> None:
         """Raise RuntimeError unless every block is in exactly one state and the hash maps mirror each other."""
-        free, cached = set(self._free), set(self._cached)
+        free, cached = set(self._free), {*self._cached, *self._awaited}
         if len(free) != len(self._free) or free & cached:
             raise RuntimeError("a block is twice among the available ones")
+        if self._cached.keys() & self._awaited.keys():
+            raise RuntimeError("a cached block is in two queues")
         used = {block for block, count in enumerate(self._ref_counts) if count > 0}
         if used & (free | cached) or len(used) + len(free) + len(cached) != self.num_blocks:
             raise RuntimeError("free + cached + used does not equal the total")
@@ -113,6 +125,6 @@ class BlockPool:
             raise RuntimeError("the two hash maps differ")
 
     def _evict(self) -> int:
-        block, _ = self._cached.popitem(last=False)
+        block, _ = (self._cached or self._awaited).popitem(last=False)
         del self._block_of[self._hash_of.pop(block)]
         return block

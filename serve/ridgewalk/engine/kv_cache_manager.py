@@ -99,10 +99,17 @@ class KVCacheManager:
             self.pool.publish(request.block_ids[position], request.block_hashes[position])
         request.num_published_blocks = full
 
-    def release(self, request: Request) -> None:
-        """Give all blocks back; what was published stays findable until evicted."""
-        self.pool.release(request.block_ids)
+    def release(self, request: Request, awaited: bool = False) -> None:
+        """Give all blocks back; what was published stays findable until evicted, last if the request is to return."""
+        self.pool.release(request.block_ids, awaited)
         request.block_ids = []
+
+    def await_no_more(self, request: Request) -> None:
+        """The request that was released as awaited has returned, or never will."""
+        for block_hash in request.block_hashes if request.num_preemptions else ():
+            block = self.pool.find(block_hash)
+            if block is not None:
+                self.pool.await_no_more(block)
 
     def _extend_hashes(self, request: Request) -> None:
         size, hashes = self.block_size, request.block_hashes

@@ -6,7 +6,7 @@ right-censored, and left out of the risk set from there on. One that was resumed
 
 A class is what the scheduler can see: ``max_tokens``, the thinking budget, the effort asked for, the prompt's length.
 Where a class has seen little, its hazard leans on that of the wider class, and the widest on a prior that knows
-nothing: every length up to ``max_tokens`` is as likely.
+``max_tokens`` alone.
 """
 
 from __future__ import annotations
@@ -22,8 +22,11 @@ from ridgewalk.engine.request import FinishReason, Request
 
 Array = npt.NDArray[np.float64]
 
-PRIOR_WEIGHT = 2.0
+PRIOR_WEIGHT = 1.0
 """Requests that the prior counts as, where nothing has been seen."""
+
+PRIOR_SHAPE = 3
+"""The prior: a length is the least of so many that are even over ``1 .. max_tokens``, so a quarter of it on average."""
 
 BACKOFF_WEIGHT = 8.0
 """Requests that a wider class counts as, at most, beside those of the class itself."""
@@ -167,7 +170,8 @@ class OutputLengths:
         From the widest class to the narrowest, each adding what the next does not hold itself.
         """
         starts, widths = self._edges[:-1], np.diff(self._edges)
-        hazard = np.minimum(1.0, widths / np.maximum(2.0**kind.max_tokens - starts, 1.0))
+        passed = np.maximum(0.0, 1.0 - widths / np.maximum(2.0**kind.max_tokens - starts, 1.0))
+        hazard = 1.0 - passed**PRIOR_SHAPE
         weight = np.full_like(hazard, PRIOR_WEIGHT)
         seen = [self._seen[key] for key in kind.lineage if key in self._seen]
         for index, counts in enumerate(seen):

@@ -28,7 +28,7 @@ from ridgewalk.engine.scheduler_config import SchedulerConfig
 if TYPE_CHECKING:
     from ridgewalk.engine.scheduler import AttentionGroup
 
-MARGIN = 1.0
+MARGIN = 2.0
 """Standard deviations of KV use kept free beyond what is expected."""
 
 REFRESH_EVERY = 16
@@ -54,12 +54,13 @@ class PredictiveAdmission:
     """
 
     def __init__(
-        self, config: SchedulerConfig, lengths: LengthModel | None = None, margin: float = MARGIN, grid_step: int = 16
+        self, config: SchedulerConfig, lengths: LengthModel | None = None, margin: float = MARGIN, growth: float = 1.125
     ) -> None:
+        """``growth``: of the grid of times; 1 looks at every block, for lengths that are known."""
         self._config = config
         self._lengths = lengths if lengths is not None else OutputLengths(config.max_model_len)
         self._margin = margin
-        self._times = length_grid(config.max_model_len, max(grid_step, config.block_size))
+        self._times = length_grid(config.max_model_len, config.block_size, growth)
         self._forecasts: dict[AttentionGroup, _Forecast] = {}
         self._refusals: dict[AttentionGroup, tuple[int, int]] = {}  # the head refused, and how much of it was cached
         self._step = 0

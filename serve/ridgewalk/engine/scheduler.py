@@ -129,6 +129,10 @@ class Scheduler:
         """True when the last `schedule` left work waiting for want of KV alone, in any group."""
         return any(group.throttled for group in self.groups)
 
+    def predicted_peaks(self) -> list[float | None]:
+        """By group: the most KV blocks that what runs is predicted to use at one time. None: not predicted."""
+        return self.admission.predicted_peaks(self.groups, self.counters.steps)
+
     # -- steps ------------------------------------------------------------------------------------------------------
 
     def schedule(self, now: float, measure: bool = False) -> StepInput | None:
@@ -244,7 +248,7 @@ class Scheduler:
         for row in [row for row in plan.rows if row[0] is victim]:
             plan.rows.remove(row)
             plan.budget += row[1]
-        plan.group.kv.release(victim)
+        plan.group.kv.release(victim, awaited=True)
         victim.status = RequestStatus.WAITING
         victim.num_lost_tokens += victim.num_computed_tokens
         victim.num_computed_tokens = 0
@@ -332,6 +336,7 @@ class Scheduler:
     def _admit(self, request: Request, plan: _Plan, hit: PrefixHit, now: float) -> None:
         plan.group.kv.admit(request, hit)
         request.status = RequestStatus.RUNNING
+        self.groups[request.group].kv.await_no_more(request)  # if it was preempted there
         request.group = self.groups.index(plan.group)
         self.admission.on_admitted(request, plan.group)
         plan.group.running.append(request)
@@ -391,6 +396,7 @@ class Scheduler:
         del self._requests[request.seq_id]
         if request.status is RequestStatus.WAITING:
             self.waiting.remove(request)
+            self.groups[request.group].kv.await_no_more(request)
         else:
             self.groups[request.group].running.remove(request)
             self._builder.forget(request)

@@ -17,6 +17,7 @@ class GroupStats(msgspec.Struct, frozen=True):
     num_running: int
     throttled: bool = False  # the last schedule left work waiting for want of this group's KV alone
     num_throttled: int = 0  # schedules that did, or that preempted for want of it: a counter
+    predicted_peak_blocks: float | None = None  # the most that what runs will use at one time; None: not predicted
 
 
 class EngineStats(msgspec.Struct, frozen=True):
@@ -47,7 +48,9 @@ def snapshot(scheduler: Scheduler, throttled_seconds: float) -> EngineStats:
     counters = scheduler.counters
     head = scheduler.waiting[0] if scheduler.waiting else None
     return EngineStats(
-        groups=[_group_stats(group) for group in scheduler.groups],
+        groups=[
+            _group_stats(group, peak) for group, peak in zip(scheduler.groups, scheduler.predicted_peaks(), strict=True)
+        ],
         block_size=scheduler.config.block_size,
         num_waiting=scheduler.num_waiting,
         num_preemptions=counters.num_preemptions,
@@ -63,7 +66,7 @@ def snapshot(scheduler: Scheduler, throttled_seconds: float) -> EngineStats:
     )
 
 
-def _group_stats(group: AttentionGroup) -> GroupStats:
+def _group_stats(group: AttentionGroup, predicted_peak: float | None) -> GroupStats:
     """Shared blocks are full by construction, so unfilled slots are counted once although tables overlap."""
     pool = group.kv.pool
     return GroupStats(
@@ -76,4 +79,5 @@ def _group_stats(group: AttentionGroup) -> GroupStats:
         num_running=len(group.running),
         throttled=group.throttled,
         num_throttled=group.num_throttled,
+        predicted_peak_blocks=predicted_peak,
     )

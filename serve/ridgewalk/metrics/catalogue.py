@@ -17,7 +17,7 @@ LABELS: Mapping[str, str] = {
     "replica": "Ray Serve's rank of the engine replica: 0, 1, ...; a restarted replica has the rank again.",
     "ingress": "Ray Serve's rank of the ingress replica.",
     "rank": "Rank within the replica's mesh: 0 .. world_size - 1.",
-    "group": "kv_blocks: attention group within the replica, 0 .. dp - 1; collective: tp | ep | pp, who took part.",
+    "group": "kv: attention group within the replica, 0 .. dp - 1; collective: tp | ep | pp, who took part.",
     "state": "used | cached (evictable) | free.",
     "finished_reason": "stop | length | abort | error.",
     "status": "HTTP status of the error; 499: the client left first.",
@@ -148,6 +148,12 @@ KV_BLOCKS = _replica(
     "kv_blocks", "gauge", "KV blocks by state; available = cached + free.", "group", "state", unit="blocks"
 )
 KV_CACHE_USAGE = _replica("kv_cache_usage_ratio", "gauge", "Used KV blocks / all of the replica.", unit="ratio")
+KV_PREDICTED_PEAK = _replica(
+    "kv_predicted_peak_ratio", "gauge",
+    "Most KV blocks that the running sequences will use at one time, as predicted with a margin / all of the group. "
+    "Absent without predictive admission.",
+    "group", unit="ratio",
+)  # fmt: skip
 KV_INTERNAL_FRAGMENTATION = _replica(
     "kv_internal_fragmentation_ratio", "gauge",
     "1 - filled slots / slots over the used blocks, a shared block counted once; 0 when none is used.", unit="ratio",

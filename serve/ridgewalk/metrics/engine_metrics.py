@@ -20,7 +20,7 @@ from ridgewalk.metrics.utilization import HardwarePeaks, Utilization
 
 if TYPE_CHECKING:
     from ridgewalk.engine.request import Request
-    from ridgewalk.engine.stats import EngineStats
+    from ridgewalk.engine.stats import EngineStats, GroupStats
     from ridgewalk.engine.step import RankTimings
     from ridgewalk.placement.model_spec import ModelSpec
     from ridgewalk.replica.engine_config import EngineConfig
@@ -151,7 +151,7 @@ class EngineMetrics(Collector):
         constant, groups = self._constant, stats.groups
         running = sum(group.num_running for group in groups)
         used = sum(group.used_blocks for group in groups)
-        total = sum(group.used_blocks + group.cached_blocks + group.free_blocks for group in groups)
+        total = sum(_total_blocks(group) for group in groups)
         unfilled = sum(group.unfilled_slots for group in groups)
         for spec, value in (
             (catalogue.NUM_REQUESTS_RUNNING, running),
@@ -172,8 +172,19 @@ class EngineMetrics(Collector):
                 )
             ],
         )
+        peaks = [
+            ((*constant, str(index)), group.predicted_peak_blocks / _total_blocks(group))
+            for index, group in enumerate(groups)
+            if group.predicted_peak_blocks is not None
+        ]
+        if peaks:
+            yield gauges(catalogue.KV_PREDICTED_PEAK, peaks)
         for spec, field in _TOTALS:
             yield counters(spec, [(constant, getattr(stats, field))])
+
+
+def _total_blocks(group: GroupStats) -> int:
+    return group.used_blocks + group.cached_blocks + group.free_blocks
 
 
 def _phases(timings: RankTimings) -> Iterator[tuple[tuple[str, str, str], float]]:

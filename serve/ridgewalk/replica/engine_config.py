@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import msgspec
 
-from ridgewalk.engine.scheduler_config import SchedulerConfig
+from ridgewalk.engine.scheduler_config import AdmissionName, SchedulerConfig
 from ridgewalk.model.runner_config import RunnerConfig
 from ridgewalk.placement.mesh import Mesh
 
@@ -29,6 +29,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     max_num_batched_tokens: int
     block_size: int
     enable_prefix_caching: bool = True
+    admission: AdmissionName = "predictive"
     max_waiting: int  # waiting sequences of this replica; beyond it a call is answered OVERLOADED
     memory: int | None = None  # per rank
     num_blocks: int | None = None  # per attention group
@@ -73,6 +74,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
             schedule_ahead=self.schedules_ahead,
             num_groups=self.dp,
             enable_prefix_caching=self.enable_prefix_caching,
+            admission=self.admission,
         )
 
     def runner_config(

@@ -343,8 +343,8 @@ class EngineLoop:
     def _load(self) -> LoadReport:
         scheduler = self._core.scheduler
         groups = [
-            GroupLoad(pool.num_blocks, pool.num_used, pool.num_cached, len(group.running))
-            for group in scheduler.groups
+            GroupLoad(pool.num_blocks, pool.num_used, pool.num_cached, len(group.running), peak)
+            for group, peak in zip(scheduler.groups, scheduler.predicted_peaks(), strict=True)
             for pool in (group.kv.pool,)
         ]
         return LoadReport(groups, scheduler.num_running, scheduler.num_waiting, self._limit.num_seats)

@@ -81,6 +81,7 @@ class GroupLoad(msgspec.Struct, frozen=True, array_like=True):
     used_blocks: int
     cached_blocks: int  # evictable; available = free + cached
     num_running: int
+    predicted_peak_blocks: float | None = None  # the most that what runs will use at one time; None: not predicted
 
 
 class LoadReport(msgspec.Struct, frozen=True, array_like=True):
