@@ -32,14 +32,14 @@ class HiddenLength:
     num_output_tokens: int  # stop token included
 
 
-def make_load(seed: int, vocabulary: int = 16_000) -> list[HiddenLength]:
+def make_load(seed: int, vocabulary: int = 16_000, count: int = NUM_REQUESTS) -> list[HiddenLength]:
     """The requests in the order of their arrival, all at once. No prompt holds the stop token or shares a prefix."""
     rng = random.Random(seed)
-    prompts = [50 + round(100 * (index + 0.5) / NUM_REQUESTS) for index in range(NUM_REQUESTS)]
+    prompts = [50 + round(100 * (index + 0.5) / count) for index in range(count)]
     rng.shuffle(prompts)
     return [
         HiddenLength([rng.randrange(1, vocabulary) for _ in range(prompt)], length)
-        for prompt, length in zip(prompts, OUTPUTS.sample(NUM_REQUESTS, rng), strict=True)
+        for prompt, length in zip(prompts, OUTPUTS.sample(count, rng), strict=True)
     ]
 
 
