@@ -53,6 +53,14 @@ def test_two_full_replicas_and_an_empty_one_over_the_wire() -> None:
     assert value(scrape(*recorders), "kv_stranded_ratio", model_name="m") == 0
 
 
+def test_what_running_sequences_are_predicted_to_need_is_not_stranded() -> None:
+    starved, growing, steady = (make_metrics(str(index), placement="DP3") for index in range(3))
+    starved.on_stats(make_stats([GroupStats(95, 0, 5, 0, 3, throttled=True)], num_waiting=1, head_of_line_blocks=20))
+    growing.on_stats(make_stats([GroupStats(40, 0, 60, 0, 3, predicted_peak_blocks=90.0)]))
+    steady.on_stats(make_stats([GroupStats(40, 0, 60, 0, 3, predicted_peak_blocks=70.0)]))
+    assert value(scrape(starved, growing, steady), "kv_stranded_ratio", model_name="m") == pytest.approx(60 / 300)
+
+
 def test_starving_between_two_reports_is_noticed() -> None:
     clock = Clock()
     first, second = make_metrics("0", clock=clock), make_metrics("1", clock=clock)

@@ -67,7 +67,9 @@ def _is_starved(group: GroupState) -> bool:
 
 
 def _could_admit(group: GroupState, num_blocks: int) -> bool:
-    return group.has_seat and 0 < num_blocks <= group.available_blocks
+    """Blocks that are free now and will be needed by who runs are no room for another."""
+    room = group.available_blocks if group.spare_blocks is None else min(group.available_blocks, group.spare_blocks)
+    return group.has_seat and 0 < num_blocks <= room
 
 
 def _known(values: Iterable[tuple[str, float | None]]) -> list[tuple[Labels, float]]:

@@ -9,7 +9,7 @@ from ridgewalk.placement.fp8_weights import kept_block, same_in_fp8
 from ridgewalk.placement.mesh import Mesh
 
 if TYPE_CHECKING:
-    from ridgewalk.engine.stats import EngineStats
+    from ridgewalk.engine.stats import EngineStats, GroupStats
     from ridgewalk.placement.model_spec import ModelSpec
     from ridgewalk.replica.engine_config import EngineConfig
 
@@ -41,6 +41,7 @@ class ReplicaStateTracker:
                 available_blocks=group.cached_blocks + group.free_blocks,
                 has_seat=group.num_running < self._config.max_num_seqs,
                 starved_seconds_ago=now - self._starved_at[index] if index in self._starved_at else None,
+                spare_blocks=_spare_blocks(group),
             )
             for index, group in enumerate(stats.groups if stats else [])
         ]
@@ -54,6 +55,12 @@ class ReplicaStateTracker:
             unique_weight_bytes=self._unique_bytes,
             trapped=trapped,
         )
+
+
+def _spare_blocks(group: GroupStats) -> int | None:
+    if group.predicted_peak_blocks is None:
+        return None
+    return max(0, int(group.used_blocks + group.cached_blocks + group.free_blocks - group.predicted_peak_blocks))
 
 
 def weight_bytes(config: EngineConfig, spec: ModelSpec, keeps_fp8: bool = False) -> tuple[int, int]:

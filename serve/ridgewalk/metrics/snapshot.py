@@ -31,6 +31,7 @@ class GroupState(msgspec.Struct, frozen=True, array_like=True):
     available_blocks: int  # free and evictable
     has_seat: bool  # fewer sequences run than `max_num_seqs`
     starved_seconds_ago: float | None  # since it last throttled or preempted for want of KV; None: never
+    spare_blocks: int | None = None  # those that nobody who runs is predicted to need; None: not predicted
 
 
 class ReplicaState(msgspec.Struct, frozen=True, array_like=True):
