@@ -1,7 +1,7 @@
 """The scarce-KV load of `tests.benchmarks.admission_load` on a virtual clock, under each admission policy.
 
 The seed is one on which all limits hold. Over the seeds 0, 2, .. 10 (twelve rounds), `predictive` was preempted 1 to 6
-times (`prompt_only` 134 to 174), computed 0.4 to 4.6 % of its tokens twice (2.4 % on average), and had 0.83 to 0.96 of
+times (`prompt_only` 134 to 167), computed 0.4 to 4.6 % of its tokens twice (2.4 % on average), and had 0.83 to 0.96 of
 the oracle's throughput (0.90 on average), in eleven of the rounds more than `prompt_only`.
 """
 
