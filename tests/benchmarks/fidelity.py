@@ -88,10 +88,6 @@ def order() -> None:
         print(f"{model}: {told} ({time.monotonic() - began:.0f} s to simulate)", flush=True)
 
 
-def _row(factors: dict[str, float]) -> dict[str, float]:
-    return seconds("qwen2.5-32b", "8xh200", ("DP4xTP2", "TP8", "DP8"), **factors)
-
-
 def sensitivity() -> None:
     names = ("cut", "sequences", "stage_overhead_s", "bandwidth_efficiency", "flops_efficiency", "link_efficiency",
              "layer_overhead_s", "step_overhead_s", "sequence_overhead_s")  # fmt: skip
@@ -100,7 +96,7 @@ def sensitivity() -> None:
         for factor in (0.8, 1.2):
             if name == "bandwidth_efficiency" and factor > 1:
                 factor = 1 / 0.85  # a share: all of it
-            times = _row({name: factor})
+            times = seconds("qwen2.5-32b", "8xh200", ("DP4xTP2", "TP8", "DP8"), **{name: factor})
             held = "held" if times["DP4xTP2"] < times["TP8"] < times["DP8"] else "lost"
             told = " | ".join(f"{times[each]:.0f}" for each in ("DP4xTP2", "TP8", "DP8"))
             print(f"| {name} | {factor:.2f} | {told} | {held} |", flush=True)

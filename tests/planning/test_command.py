@@ -87,10 +87,11 @@ def test_a_table_reasons_and_an_account_are_printed_and_a_plot_drawn(tmp_path: P
     [
         (("--model", "llama-9"), "--model: there is no model 'llama-9'; there are .*llama-3.1-8b"),
         (("--hardware", "8xb200"), "--hardware: there is no hardware '8xb200'.*h100, h200"),
-        (("--workload", "poetry"), "--workload: there is no workload 'poetry'; there are chat, reasoning"),
+        (("--workload", "poetry"), "--workload: there is no workload 'poetry'; there are chat, long-prompt, reasoning"),
+        (("--workload", "none.yaml"), "--workload: none.yaml cannot be read"),
         (("--requests", "0"), "--requests: 0 is not a number of requests over 0"),
         (("--rate", "-1"), "--rate: -1 is not"),
-        (("--policy", "greedy"), "--policy: there is no policy 'greedy'; there are vllm"),
+        (("--policy", "greedy"), "--policy: there is no policy 'greedy'; there are vllm, ridgewalk"),
         (("--objective", "speed"), "--objective: there is no objective 'speed'; there are throughput and goodput"),
         (("--objective", "goodput"), "--objective: goodput needs a limit; add --ttft"),
         (("--ttft", "2s"), "--ttft: a limit counts with --objective goodput only"),

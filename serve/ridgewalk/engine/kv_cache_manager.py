@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ridgewalk.engine.block_counter import BlockCounter
 from ridgewalk.engine.block_pool import BlockPool, hash_block
 from ridgewalk.engine.request import Request
-from ridgewalk.engine.scheduler_config import SchedulerConfig
 
 
 @dataclass(frozen=True)
@@ -28,14 +26,6 @@ class KVCacheManager:
         self.pool = BlockPool(num_blocks)
         self.block_size = block_size
         self.enable_prefix_caching = enable_prefix_caching
-
-    @classmethod
-    def of(cls, config: SchedulerConfig) -> KVCacheManager:
-        """The cache of one attention group."""
-        manager = cls(config.num_blocks, config.block_size, config.enable_prefix_caching)
-        if config.counts_only:
-            manager.pool = BlockCounter(config.num_blocks)
-        return manager
 
     def blocks_for(self, num_tokens: int) -> int:
         """Blocks that ``num_tokens`` tokens fill, the last one perhaps in part."""

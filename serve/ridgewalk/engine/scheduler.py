@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from ridgewalk.engine.admission import AdmissionPolicy
 from ridgewalk.engine.advance import advance, rounds_until_event
 from ridgewalk.engine.batch_builder import BatchBuilder
+from ridgewalk.engine.block_counter import make_kv_cache
 from ridgewalk.engine.kv_cache_manager import KVCacheManager, PrefixHit
 from ridgewalk.engine.micro_batches import row_limit
 from ridgewalk.engine.predictive_admission import make_admission
@@ -72,7 +73,7 @@ class Scheduler:
     def __init__(self, config: SchedulerConfig, admission: AdmissionPolicy | None = None) -> None:
         self.config = config
         self.admission = admission or make_admission(config)
-        self.groups = [AttentionGroup(KVCacheManager.of(config)) for _ in range(config.num_groups)]
+        self.groups = [AttentionGroup(make_kv_cache(config)) for _ in range(config.num_groups)]
         self.waiting: deque[Request] = deque()
         self.counters = SchedulerCounters()
         self._requests: dict[int, Request] = {}  # by seq_id, until they end
@@ -215,8 +216,7 @@ class Scheduler:
         """
         preempted = False
         candidates = [(request, request.num_tokens_to_compute) for request in plan.group.running]
-        decodes = [each for each in candidates if each[1] == 1]
-        for request, left in decodes + [each for each in candidates if each[1] > 1]:
+        for request, left in [row for row in candidates if row[1] == 1] + [row for row in candidates if row[1] > 1]:
             if plan.is_full:
                 break
             if request.status is not RequestStatus.RUNNING or (request.num_in_flight and not self._can_run(request)):

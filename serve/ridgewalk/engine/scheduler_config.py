@@ -38,10 +38,6 @@ class SchedulerConfig:
                      "max_steps_in_flight", "num_groups"):  # fmt: skip
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.counts_only and self.enable_prefix_caching:
-            raise ValueError(
-                "counts_only finds no prefix again: its tokens have no ids; turn enable_prefix_caching off"
-            )
         if self.max_model_len > self.num_blocks * self.block_size:
             raise ValueError(
                 f"one sequence of max_model_len {self.max_model_len} tokens does not fit in {self.num_blocks} blocks "

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from pathlib import Path
 
-from ridgewalk.bench.profiles import PROFILES
+from ridgewalk.bench.profiles import PROFILES, read_profile
 from ridgewalk.bench.trace_file import read_trace
 from ridgewalk.bench.workload import RequestShape, sample_requests
 from ridgewalk.config import ConfigError
@@ -38,9 +38,14 @@ def make_load(workload: str, requests: int | None, rate: float | None, seed: int
 def _shapes(workload: str, requests: int | None, count: int, seed: int) -> tuple[RequestShape, ...]:
     if workload.endswith((".jsonl", ".json")):
         return read_trace(Path(workload), requests)
+    if workload.endswith((".yaml", ".yml")):
+        try:
+            return sample_requests(read_profile(Path(workload).expanduser()), count, seed)
+        except ConfigError as error:
+            raise ConfigError(f"--workload: {error}") from None
     if workload not in PROFILES:
         raise ConfigError(
-            f"--workload: there is no workload {workload!r}; there are {', '.join(PROFILES)}, and the path of a trace "
-            "(.jsonl, a line as {'input_length': 90, 'output_length': 9})"
+            f"--workload: there is no workload {workload!r}; there are {', '.join(PROFILES)}, and the path of a "
+            "distribution (.yaml) or of a trace (.jsonl, a line as {'input_length': 90, 'output_length': 9})"
         )
     return sample_requests(PROFILES[workload], count, seed)

@@ -143,8 +143,9 @@ def _scheduler_config(scene: Scene, shape: Shape, memory: MemoryPlan) -> Schedul
         max_num_batched_tokens=scene.policy.max_num_batched_tokens,
         max_steps_in_flight=shape.mesh.pp,
         num_groups=shape.mesh.dp,
-        enable_prefix_caching=False,
+        enable_prefix_caching=True,  # what a preempted request had may be there still
         counts_only=True,
+        admission=scene.policy.admission,
     )
 
 
