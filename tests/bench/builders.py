@@ -55,8 +55,9 @@ def point(
     usage: Sequence[float] = (0.5, 0.4),
     slower: float = 1.0,
     foreign: float = 0.0,
+    seen: bool = True,
 ) -> Point:
-    """A load of ten requests during which each replica used its share of ``usage``."""
+    """A load of ten requests during which each replica used its share of ``usage``; not ``seen``: no scrape within."""
     sent = requests(10, ttft_ms=50.0 * slower, itl_ms=10.0 * slower)
     start, end = sent[0].start, max(request.end for request in sent)
     idle = {"kv_cache_usage_ratio": 0.0, "num_requests_running": 0.0, "num_preemptions_total": 3.0,
@@ -65,7 +66,7 @@ def point(
     after = {**idle, "num_preemptions_total": 3.0 + preemptions, "recomputed_tokens_total": 10.0 * preemptions,
              "generation_tokens_total": 1000.0 + foreign + 200.0 / len(usage),
              "sequences_ended_total{finished_reason=length}": 12.0}  # fmt: skip
-    samples = [timed_scrape(start - 0.5, *(idle for _ in usage)), timed_scrape(start + 0.5, *replicas)]
+    samples = [timed_scrape(start - 0.5, *(idle for _ in usage)), timed_scrape(start + 0.5, *replicas)][: 1 + seen]
     samples.append(timed_scrape(end + 0.5, *(after for _ in usage)))
     shapes = [RequestShape(9, 20)] * len(sent)
     return Point(
@@ -77,7 +78,7 @@ def point(
     )
 
 
-def report(*points: Point, name: str = "reasoning") -> Report:
+def report(*points: Point, name: str = "reasoning", seed: int = 0, slo: Slo = SLO, is_ridgewalk: bool = True) -> Report:
     """A report of these points."""
     lengths = Distribution(mean=20.0, p50=20.0, p90=20.0, p99=20.0, max=20.0)
     return Report(
@@ -85,14 +86,19 @@ def report(*points: Point, name: str = "reasoning") -> Report:
         created="2026-01-02T03:04:05+00:00",
         ridgewalk_version="1",
         aiperf_version="1",
-        target=Target("http://127.0.0.1:1", MODEL, PLACEMENT, "1", True, 2048),
-        workload=Workload(name, "for <tests>", 0.05, 0, 10, lengths, lengths, True),
-        slo=SLO,
+        target=Target("http://127.0.0.1:1", MODEL, PLACEMENT, "1", is_ridgewalk, 2048),
+        workload=Workload(name, "for <tests>", 0.05, seed, 10, lengths, lengths, True),
+        slo=slo,
         points=list(points),
-        findings=findings(points),
+        findings=findings(points, is_ridgewalk=is_ridgewalk),
     )
 
 
 def without_service(a_point: Point) -> Point:
     """The same point of another server."""
     return msgspec.structs.replace(a_point, service=None)
+
+
+def without_output(a_point: Point) -> Point:
+    """The same point, had every request been answered with nothing."""
+    return msgspec.structs.replace(a_point, client=msgspec.structs.replace(a_point.client, output_tokens_per_s=0.0))

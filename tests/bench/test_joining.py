@@ -11,6 +11,7 @@ from ridgewalk.bench.client_records import RecordsError, client_figures, read_re
 from ridgewalk.bench.report import Slo
 from ridgewalk.bench.service_window import service_figures
 from ridgewalk.bench.workload import RequestShape
+from ridgewalk.load.scrape import Scrape
 from tests.bench.builders import MODEL, requests, timed_scrape
 
 
@@ -144,3 +145,101 @@ def test_without_a_scrape_on_either_side_nothing_is_claimed() -> None:
     samples = [timed_scrape(1.2, IDLE), timed_scrape(3.0, IDLE)]
     assert service_figures(samples, 1.0, 2.0, MODEL) is None
     assert service_figures([timed_scrape(0.5, IDLE), timed_scrape(1.2, IDLE)], 1.0, 2.0, MODEL) is None
+
+
+def test_scrapes_that_lack_a_replica_are_left_out_and_counted() -> None:
+    old = {**IDLE, "num_preemptions_total": 500.0}
+    busy = {**old, "kv_cache_usage_ratio": 0.5}
+    samples = [
+        timed_scrape(8.0, old, old, scrape_missing_replicas=0),
+        timed_scrape(9.0, old, scrape_missing_replicas=1),
+        timed_scrape(10.5, busy, busy),
+        timed_scrape(11.5, busy, scrape_missing_replicas=1),
+        timed_scrape(12.5, busy, busy, scrape_missing_ingresses=1),
+        timed_scrape(14.0, old, old),
+    ]
+    service = service_figures(samples, 10.0, 13.0, MODEL)
+    assert service is not None
+    assert service.num_preemptions == 0.0
+    assert (service.num_scrapes_incomplete, service.num_samples, service.window_s) == (3, 1, 6.0)
+    assert [replica.kv_usage_mean for replica in service.replicas] == [0.5, 0.5]
+    assert service.series.time_s == [-2.0, 0.5, 4.0]
+    never_whole = [samples[1], *samples[2:]]
+    assert service_figures(never_whole, 10.0, 13.0, MODEL) is None
+
+
+def test_what_another_model_lacks_does_not_matter() -> None:
+    lacking = frozenset({("model_name", "another"), ("placement", "TP2")})
+    samples = [timed_scrape(0.0, IDLE), timed_scrape(1.5, IDLE), timed_scrape(3.0, IDLE)]
+    for sample in samples:
+        sample.scrape.samples["ridgewalk_scrape_missing_replicas", lacking] = 1.0  # type: ignore[index]
+    service = service_figures(samples, 1.0, 2.0, MODEL)
+    assert service is not None
+    assert service.num_scrapes_incomplete == 0
+
+
+def test_a_counter_that_fell_was_started_anew() -> None:
+    counts = (500.0, 520.0, 3.0, 10.0, 530.0)  # the last one is over the first again, and yet not 30 more
+    samples = [timed_scrape(float(i), {**IDLE, "num_preemptions_total": value}) for i, value in enumerate(counts)]
+    service = service_figures(samples, 0.5, 3.5, MODEL)
+    assert service is not None
+    assert service.num_preemptions == 20.0 + 3.0 + 7.0 + 520.0
+    assert service.replicas[0].num_preemptions == 550.0
+    assert service.series.preemptions == [0.0, 20.0, 23.0, 30.0, 550.0]
+
+
+@pytest.mark.parametrize("suffix", ["_total", "_count", "_sum", "_bucket"])
+def test_only_counters_are_ever_started_anew(suffix: str) -> None:
+    def scrape(value: float) -> Scrape:
+        return Scrape.parse(f"a{suffix} {value}\nlevel {value}\n")
+
+    grown = scrape(2.0).since(scrape(5.0))
+    assert (grown.total(f"a{suffix}"), grown.total("level")) == (2.0, -3.0)
+    assert scrape(7.0).since(scrape(5.0)).total(f"a{suffix}") == 2.0
+
+
+def test_a_replica_that_joins_within_the_load_was_not_empty_before() -> None:
+    busy = {**IDLE, "kv_cache_usage_ratio": 0.8, "num_requests_running": 4.0}
+    samples = [
+        timed_scrape(0.0, IDLE),
+        timed_scrape(1.5, busy),
+        timed_scrape(2.5, busy, {**busy, "num_preemptions_total": 0.0}),
+    ]
+    samples.append(timed_scrape(4.0, IDLE, {**IDLE, "num_preemptions_total": 2.0}))
+    service = service_figures(samples, 1.0, 3.0, MODEL)
+    assert service is not None
+    assert service.kv_usage_mean == 0.8
+    assert [replica.kv_usage_mean for replica in service.replicas] == [0.8, 0.8]
+    assert service.num_preemptions == 2.0
+    assert service.series.kv_usage[1] == [None, None, 0.8, 0.0]
+
+
+def test_a_full_attention_group_is_not_hidden_by_the_mean_over_groups() -> None:
+    blocks = {
+        "kv_blocks{group=0,state=used}": 100.0,
+        "kv_blocks{group=0,state=cached}": 0.0,
+        "kv_blocks{group=1,state=used}": 10.0,
+        "kv_blocks{group=1,state=cached}": 40.0,
+        "kv_blocks{group=1,state=free}": 50.0,
+    }
+    busy = {**IDLE, "kv_cache_usage_ratio": 0.55, **blocks}
+    samples = [timed_scrape(0.0, IDLE), timed_scrape(1.5, busy), timed_scrape(3.0, IDLE)]
+    service = service_figures(samples, 1.0, 2.0, MODEL)
+    assert service is not None
+    for of in (service, service.replicas[0]):
+        assert (of.kv_usage_mean, of.kv_usage_max, of.kv_full_share) == (0.55, 1.0, 1.0)
+    assert (service.series.kv_usage, service.series.kv_fullest) == ([[0.0, 0.55, 0.0]], [[0.0, 1.0, 0.0]])
+
+
+def test_without_a_scrape_within_the_load_its_gauges_are_not_known_and_its_counters_are() -> None:
+    after = {**IDLE, "num_preemptions_total": 7.0, "kv_throttled_seconds_total": 0.2}
+    service = service_figures([timed_scrape(0.5, IDLE, IDLE), timed_scrape(2.0, after, after)], 1.0, 1.4, MODEL)
+    assert service is not None
+    assert (service.num_samples, service.kv_usage_mean, service.kv_usage_max, service.kv_full_share) == (
+        0,
+        None,
+        None,
+        None,
+    )
+    assert [(r.kv_usage_max, r.running_max, r.num_preemptions) for r in service.replicas] == [(None, None, 2.0)] * 2
+    assert service.throttled_share == pytest.approx(0.5)  # of each of the two replicas

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 import threading
 import venv
@@ -14,11 +15,11 @@ import psutil
 import pytest
 from typer.testing import CliRunner
 
-from ridgewalk.bench import environment
+from ridgewalk.bench import bench_run, environment
 from ridgewalk.bench.aiperf import AiperfFailed, Load, aiperf_command, run_aiperf, write_input
 from ridgewalk.bench.endpoint import Endpoint, find_endpoint, warm_up
-from ridgewalk.bench.environment import SetupError, ensure_aiperf, named_aiperf
-from ridgewalk.bench.report import write_report
+from ridgewalk.bench.environment import Aiperf, SetupError, ensure_aiperf, named_aiperf
+from ridgewalk.bench.report import read_report, write_report
 from ridgewalk.bench.tokenizer_source import load_tokenizer
 from ridgewalk.bench.workload import RequestShape
 from ridgewalk.cli import app
@@ -71,7 +72,7 @@ def test_an_interrupted_setup_is_made_again_and_a_whole_one_is_kept(
     monkeypatch.setattr(environment, "_install", install)
     with pytest.raises(KeyboardInterrupt):
         ensure_aiperf(folder, silent)
-    assert ensure_aiperf(folder, silent) == folder / "bin" / "aiperf"
+    assert ensure_aiperf(folder, silent) == Aiperf(folder / "bin" / "aiperf", environment.AIPERF_VERSION)
     assert installed == [[".ridgewalk", "pyvenv.cfg"]] * 2
     ensure_aiperf(folder, silent)
     assert len(installed) == 2
@@ -100,6 +101,15 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path: Path) -> None:
     assert (tmp_path / "pyvenv.cfg").exists()
     with pytest.raises(ConfigError, match="--aiperf: nowhere is not a program"):
         named_aiperf("nowhere")
+
+
+def test_the_version_of_an_aiperf_that_the_user_has_is_asked_for(tmp_path: Path) -> None:
+    path = program(tmp_path, "print('aiperf 0.14.2rc1')")
+    assert named_aiperf(str(path)) == Aiperf(path, "0.14.2rc1")
+    with pytest.raises(ConfigError, match=r"--aiperf: .* --version failed .*; is it aiperf's program"):
+        named_aiperf("false")
+    with pytest.raises(ConfigError, match=r"--aiperf: .* --version says no version; is it aiperf's program"):
+        named_aiperf(str(program(tmp_path, "print('hello')")))
 
 
 def test_progress_is_read_while_it_runs_and_records_at_the_end(tmp_path: Path) -> None:
@@ -256,3 +266,63 @@ def test_the_command_compares_two_reports_without_sending_anything(tmp_path: Pat
     assert result.exit_code == 0, result.output
     assert "1.00 times as many" in result.output
     assert (tmp_path / "out" / "compare.html").is_file()
+    refused = CliRunner().invoke(app, [*arguments, "--concurrency", "4", "--no-force-lengths"])
+    assert isinstance(refused.exception, ConfigError)
+    assert str(refused.exception) == (
+        "--compare: it draws two reports and sends nothing; leave out --concurrency, --force-lengths"
+    )
+
+
+@pytest.mark.parametrize("name", ["report.html", "report.json"])
+def test_what_cannot_be_written_is_said_before_anything_is_sent(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).mkdir()
+    refuse_out(tmp_path, f"{name} cannot be written: Is a directory; name another folder")
+
+
+def test_a_folder_that_takes_no_files_is_said_before_anything_is_sent() -> None:
+    refuse_out(Path("/proc/self"), "/proc/self cannot be written: .*; name another folder")  # root's neither
+
+
+def refuse_out(folder: Path, problem: str) -> None:
+    nobody = f"http://127.0.0.1:{free_port('127.0.0.1')}"  # would be the error, were it asked
+    result = CliRunner().invoke(app, ["bench", "--url", nobody, "--concurrency", "1", "--out", str(folder)])
+    assert isinstance(result.exception, ConfigError)
+    with pytest.raises(ConfigError, match=f"--out: .*{problem}"):
+        raise result.exception
+
+
+@pytest.mark.parametrize(
+    ("at_the_second_load", "said", "status"),
+    [
+        ("print('ERROR out of luck'); raise SystemExit(3)", "failed and is missing here.*: aiperf .*out of luck", 1),
+        ("os.kill(os.getppid(), signal.SIGINT); signal.pause()", r"was interrupted and is missing here.*\.", 130),
+    ],
+)
+def test_loads_that_are_complete_outlive_one_that_is_not(
+    tmp_path: Path, url: str, monkeypatch: pytest.MonkeyPatch, at_the_second_load: str, said: str, status: int
+) -> None:
+    monkeypatch.setattr(bench_run, "warm_up", lambda *args, **others: 0)
+    path = program(
+        tmp_path,
+        "import json, os, signal, sys\n"
+        "if '--version' in sys.argv: print('0.14.2'); raise SystemExit\n"
+        "flags = dict(zip(sys.argv[2:], sys.argv[3:]))\n"
+        f"if flags['--concurrency'] == '2': {at_the_second_load}\n"
+        f"record = {RECORD!r}\n"
+        "with open(flags['--output-artifact-dir'] + '/profile_export.jsonl', 'w') as records:\n"
+        "    for index in range(int(flags['--request-count'])):\n"
+        "        record['metadata']['conversation_id'] = f'request-{index}'\n"
+        "        print(json.dumps(record), file=records)",
+    )
+    arguments = ["bench", "--url", url, "--model", "small", "--tokenizer", "demo-dense", "--aiperf", str(path)]
+    arguments += ["--profile", "chat", "--requests", "4", "--concurrency", "1,2,4", "--out", str(tmp_path / "out")]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == status, result.output
+    written = read_report(tmp_path / "out" / "report.json")
+    assert [each.concurrency for each in written.points] == [1]
+    assert written.aiperf_version == "0.14.2"
+    (missing,) = [sentence for sentence in written.findings if "missing" in sentence]
+    assert re.fullmatch(rf"The load at concurrency 2 {said}", missing)
+    assert "and so are those after it (concurrency 4)" in missing
+    assert missing in result.stderr
+    assert "is missing here" in (tmp_path / "out" / "report.html").read_text()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -13,16 +14,28 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from tokenizers import Tokenizer
 
 from ridgewalk import __version__
-from ridgewalk.bench.aiperf import Load, aiperf_command, run_aiperf, write_input
+from ridgewalk.bench.aiperf import AiperfFailed, Load, aiperf_command, run_aiperf, write_input
 from ridgewalk.bench.client_records import client_figures
 from ridgewalk.bench.endpoint import Endpoint, warm_up
-from ridgewalk.bench.environment import AIPERF_VERSION
+from ridgewalk.bench.environment import Aiperf
 from ridgewalk.bench.findings import findings
 from ridgewalk.bench.options import Work
 from ridgewalk.bench.prompts import write_prompts
 from ridgewalk.bench.report import SCHEMA_VERSION, Point, Report, Slo, Target, Workload
 from ridgewalk.bench.service_window import ServiceSampler, service_figures
 from ridgewalk.bench.statistics import distribution
+from ridgewalk.launch.stopping import Stopped
+
+FAILED, INTERRUPTED = 1, 130
+
+
+@dataclass(frozen=True)
+class Run:
+    """What came of a run: all its loads, or those before one that did not come to its end."""
+
+    report: Report
+    missing: str | None = None  # says which loads the report lacks, and why
+    status: int = 0  # for the shell
 
 
 def run_bench(
@@ -31,38 +44,47 @@ def run_bench(
     work: Work,
     loads: Sequence[Load],
     slo: Slo,
-    aiperf: Path,
+    aiperf: Aiperf,
     console: Console,
-) -> Report:
+) -> Run:
     """Load the endpoint once for each of ``loads``.
 
     The points of a sweep ask for the same lengths in the same order, in other words: a prefix cache that remembers one
     point's prompts does not help the next.
+    When a load fails or is interrupted after others were complete, the report has those.
 
     Raises:
-        AiperfFailed, ConfigError: the load could not be sent.
+        AiperfFailed, ConfigError: the first load could not be sent.
+        Stopped: it was interrupted.
     """
     template = warm_up(endpoint, tokenizer, work.seed, force=work.force_lengths)
-    points = []
+    points: list[Point] = []
+    missing, status = None, 0
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("requests"))
     with Progress(*columns, TimeElapsedColumn(), console=console) as progress:
-        for number, load in enumerate(loads):
-            task = progress.add_task(load.label, total=len(work.requests))
-            prompts = write_prompts(
-                tokenizer,
-                [max(1, request.input_length - template) for request in work.requests],
-                seed=work.seed * 1_000 + number,
-            )
+        try:
+            for number, load in enumerate(loads):
+                task = progress.add_task(load.label, total=len(work.requests))
+                prompts = write_prompts(
+                    tokenizer,
+                    [max(1, request.input_length - template) for request in work.requests],
+                    seed=work.seed * 1_000 + number,
+                )
 
-            def show(done: int, task: TaskID = task) -> None:
-                progress.update(task, completed=done)
+                def show(done: int, task: TaskID = task) -> None:
+                    progress.update(task, completed=done)
 
-            points.append(_point(endpoint, work, load, prompts, slo, aiperf, show))
-    return Report(
+                points.append(_point(endpoint, work, load, prompts, slo, aiperf.program, show))
+        except (AiperfFailed, Stopped) as error:
+            if not points:
+                raise
+            missing = _missing(loads[len(points) :], error)
+            status = INTERRUPTED if isinstance(error, Stopped) else FAILED
+    report = Report(
         schema_version=SCHEMA_VERSION,
         created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         ridgewalk_version=__version__,
-        aiperf_version=AIPERF_VERSION,
+        aiperf_version=aiperf.version,
         target=Target(
             url=endpoint.url,
             model=endpoint.model,
@@ -74,8 +96,17 @@ def run_bench(
         workload=_workload(work),
         slo=slo,
         points=points,
-        findings=findings(points),
+        findings=findings(points, is_ridgewalk=endpoint.is_ridgewalk, missing=missing),
     )
+    return Run(report, missing, status)
+
+
+def _missing(loads: Sequence[Load], why: AiperfFailed | Stopped) -> str:
+    first, *later = (load.label for load in loads)
+    after = f", and so are those after it ({', '.join(later)})" if later else ""
+    if isinstance(why, Stopped):
+        return f"The load at {first} was interrupted and is missing here{after}."
+    return f"The load at {first} failed and is missing here{after}: {why}"
 
 
 def _point(

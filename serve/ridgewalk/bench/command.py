@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 from typing import Annotated, Optional
 
@@ -16,6 +17,7 @@ LOAD, SERVER, OUTPUT = "Load", "Server", "Report and tools"
 
 
 def bench(
+    context: typer.Context,
     profile: Annotated[
         str | None,
         typer.Option("--profile", "-p", rich_help_panel=LOAD, help=f"{', '.join(PROFILES)}. Default: reasoning."),
@@ -86,6 +88,7 @@ def bench(
     console = Console(soft_wrap=True)
     _need_matplotlib()
     if compare is not None:
+        _refuse_others(context, "compare", "out")
         _compare(*compare, out, console)
         return
     from ridgewalk.bench.aiperf import AiperfFailed
@@ -104,7 +107,7 @@ def bench(
     loads = parse_loads(concurrency, rate, has_times=work.requests[0].timestamp_ms is not None)
     check_enough(work, loads)
     program = named_aiperf(aiperf) if aiperf is not None else None
-    folder = _output_folder(out)
+    page_file, data_file = _output_files(out, "report.html", "report.json")
     endpoint = find_endpoint(url, model, api_key)
     check_context(work.requests, endpoint.max_model_len, scale)
     prompts = load_tokenizer(tokenizer, endpoint.model)
@@ -117,18 +120,24 @@ def bench(
                 with console.status("aiperf") as status:
                     program = ensure_aiperf(environment, lambda line: status.update(escape(line)))
             console.print(_about(endpoint.model, endpoint.url, endpoint.placement, work.name, len(work.requests)))
-            report = run_bench(endpoint, prompts, work, loads, slo, program, console)
+            run = run_bench(endpoint, prompts, work, loads, slo, program, console)
     except Stopped:
         console.print("stopped; nothing was written")
         raise typer.Exit(130) from None
     except (AiperfFailed, SetupError) as error:
         Console(stderr=True, soft_wrap=True).print(f"[red]error:[/] {escape(str(error))}", highlight=False)
         raise typer.Exit(1) from None
-    write_report(report, folder / "report.json")
-    (folder / "report.html").write_text(report_page(report), encoding="utf-8")
-    for sentence in report.findings:
+    for sentence in run.report.findings:
         console.print(escape(sentence), highlight=False)
-    console.print(f"\n[bold]{escape(str(folder / 'report.html'))}[/]", highlight=False)
+    try:
+        write_report(run.report, data_file)
+        page_file.write_text(report_page(run.report), encoding="utf-8")
+    except OSError as error:
+        raise _not_written(out, error) from None
+    console.print(f"\n[bold]{escape(str(page_file))}[/]", highlight=False)
+    if run.missing is not None:
+        Console(stderr=True, soft_wrap=True).print(f"[red]error:[/] {escape(run.missing)}", highlight=False)
+        raise typer.Exit(run.status)
 
 
 def _compare(first: Path, second: Path, out: Path, console: Console) -> None:
@@ -136,9 +145,12 @@ def _compare(first: Path, second: Path, out: Path, console: Console) -> None:
     from ridgewalk.bench.report import read_report
 
     reports = read_report(first), read_report(second)
+    (path,) = _output_files(out, "compare.html")
     page = compare_page(*reports, (str(first), str(second)))
-    path = _output_folder(out) / "compare.html"
-    path.write_text(page, encoding="utf-8")
+    try:
+        path.write_text(page, encoding="utf-8")
+    except OSError as error:
+        raise _not_written(out, error) from None
     for sentence in compare_findings(*reports):
         console.print(escape(sentence), highlight=False)
     console.print(f"\n[bold]{escape(str(path))}[/]", highlight=False)
@@ -158,9 +170,43 @@ def _need_matplotlib() -> None:
         ) from None
 
 
-def _output_folder(out: Path) -> Path:
+def _refuse_others(context: typer.Context, *allowed: str) -> None:
+    """Raises ConfigError when the command line has other flags: they would be without effect."""
+    given = [
+        parameter.opts[0]
+        for parameter in context.command.params
+        if parameter.name is not None
+        and parameter.name not in allowed
+        and (source := context.get_parameter_source(parameter.name)) is not None
+        and source.name == "COMMANDLINE"
+    ]
+    if given:
+        raise ConfigError(f"--compare: it draws two reports and sends nothing; leave out {', '.join(given)}")
+
+
+def _output_files(out: Path, *names: str) -> list[Path]:
+    """Where the output goes, tried out: a load may take hours, and must not be lost at its end.
+
+    Raises:
+        ConfigError: the folder or one of the files cannot be written.
+    """
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ConfigError(f"--out: {out} cannot be made: {error.strerror}") from None
-    return out
+        raise ConfigError(f"--out: {out} cannot be made: {error.strerror}; name another folder") from None
+    try:
+        tempfile.TemporaryFile(dir=out).close()
+    except OSError as error:
+        raise _not_written(out, error) from None
+    paths = [out / name for name in names]
+    for path in paths:
+        try:
+            if path.exists():
+                path.open("r+b").close()
+        except OSError as error:
+            raise _not_written(path, error) from None
+    return paths
+
+
+def _not_written(path: Path, error: OSError) -> ConfigError:
+    return ConfigError(f"--out: {path} cannot be written: {error.strerror}; name another folder")

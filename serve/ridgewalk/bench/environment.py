@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import fcntl
 import os
+import re
 import shutil
 import subprocess
 import sys
 import venv
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 from ridgewalk.bench.processes import end_process_tree
@@ -18,6 +20,15 @@ from ridgewalk.config import ConfigError
 AIPERF_VERSION = "0.13.0"
 _OURS = ".ridgewalk"  # written first: no folder without it is ever removed
 _WHOLE = ".whole"  # written last: an environment without it was interrupted
+_VERSION_TIMEOUT_S = 60.0
+
+
+@dataclass(frozen=True)
+class Aiperf:
+    """The program that sends the load."""
+
+    program: Path
+    version: str
 
 
 class SetupError(RuntimeError):
@@ -36,15 +47,26 @@ def is_whole(folder: Path) -> bool:
     return whole.is_file() and whole.read_text() == AIPERF_VERSION and (folder / "bin" / "aiperf").is_file()
 
 
-def named_aiperf(named: str) -> Path:
-    """An aiperf that the user has. Raises ConfigError when there is no such program."""
+def named_aiperf(named: str) -> Aiperf:
+    """An aiperf that the user has. Raises ConfigError when there is no such program, or it does not say its version."""
     found = shutil.which(Path(named).expanduser())
     if found is None:
         raise ConfigError(f"--aiperf: {named} is not a program; leave it out and it is installed in a cache")
-    return Path(found).absolute()
+    program = Path(found).absolute()
+    try:
+        said = subprocess.run(
+            [str(program), "--version"], stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace",
+            timeout=_VERSION_TIMEOUT_S, check=True,
+        ).stdout  # fmt: skip
+    except (OSError, subprocess.SubprocessError) as error:
+        raise ConfigError(f"--aiperf: {named} --version failed ({error}); is it aiperf's program?") from None
+    version = re.search(r"\d+\.\d\S*", said)
+    if version is None:
+        raise ConfigError(f"--aiperf: {named} --version says no version; is it aiperf's program?")
+    return Aiperf(program, version[0])
 
 
-def ensure_aiperf(folder: Path, say: Callable[[str], None]) -> Path:
+def ensure_aiperf(folder: Path, say: Callable[[str], None]) -> Aiperf:
     """The aiperf of the environment in ``folder``, installed there first unless that was done and finished.
 
     Of two that come at once, one installs and the other waits.
@@ -57,9 +79,10 @@ def ensure_aiperf(folder: Path, say: Callable[[str], None]) -> Path:
         SetupError: the installers failed; carries pip's last words.
         ConfigError: the folder is something else than an environment of ours.
     """
+    aiperf = Aiperf(folder / "bin" / "aiperf", AIPERF_VERSION)
     with _locked(folder):
         if is_whole(folder):
-            return folder / "bin" / "aiperf"
+            return aiperf
         if folder.exists():
             if any(folder.iterdir()) and not (folder / _OURS).is_file():
                 raise ConfigError(f"--aiperf-env: {folder} holds something else than aiperf's; name a new folder")
@@ -71,7 +94,7 @@ def ensure_aiperf(folder: Path, say: Callable[[str], None]) -> Path:
         venv.create(folder, with_pip=True)
         _install(folder, say)
         (folder / _WHOLE).write_text(AIPERF_VERSION)
-    return folder / "bin" / "aiperf"
+    return aiperf
 
 
 def _install(folder: Path, say: Callable[[str], None]) -> None:

@@ -77,7 +77,8 @@ CLIENT: tuple[Figure, ...] = (
     Figure("Requests within the SLO", _client(lambda c: c.good_share), percent, "higher",
            "failed ones count as missed"),
     *_three("Time to first token", lambda c: c.ttft_ms, milliseconds, "the chain of thought's tokens count"),
-    *_three("Inter-token latency", lambda c: c.itl_ms, milliseconds, "each request's mean, then over requests"),
+    *_three("Inter-token latency, means of requests", lambda c: c.itl_ms, milliseconds,
+            "each request's mean, then percentiles over requests: single pauses are below"),
     *_three("Longest pause in a stream", lambda c: c.longest_gap_ms, milliseconds, "a preempted request shows here"),
     *_three("End to end", lambda c: c.e2e_s, seconds, "from sending a request to the end of its reply"),
     Figure("Requests answered", _client(lambda c: c.num_requests), count),
@@ -88,9 +89,10 @@ CLIENT: tuple[Figure, ...] = (
 
 SERVICE: tuple[Figure, ...] = (
     Figure("KV cache used, mean", _service(lambda s: s.kv_usage_mean), percent),
-    Figure("KV cache used, at most", _service(lambda s: s.kv_usage_max), percent),
+    Figure("KV cache used, at most", _service(lambda s: s.kv_usage_max), percent,
+           hint="by the attention group that was the fullest"),
     Figure("Time with a full KV cache", _service(lambda s: s.kv_full_share), percent, "lower",
-           "a replica uses 95 % of its blocks or more"),
+           "an attention group uses 95 % of its blocks or more"),
     Figure("Preemptions", _service(lambda s: s.num_preemptions), count, "lower"),
     Figure("Preemptions per request", _service(lambda s: s.preemptions_per_request), count, "lower"),
     Figure("Tokens recomputed", _service(lambda s: s.recomputed_tokens), count, "lower"),

@@ -35,17 +35,25 @@ def find_cliff(points: Sequence[Point]) -> int | None:
     return next((index for index, point in enumerate(points) if is_over_cliff(point)), None)
 
 
-def findings(points: Sequence[Point]) -> list[str]:
-    """Sentences about a run, the most important first. ``points`` in the order of load."""
+def findings(points: Sequence[Point], *, is_ridgewalk: bool, missing: str | None = None) -> list[str]:
+    """Sentences about a run, the most important first.
+
+    Args:
+        points: at least one, in the order of load.
+        is_ridgewalk: the server has metrics of ours.
+        missing: says which loads have no point, and why.
+    """
     said = _about_sweep(points) if len(points) > 1 else _about_point(points[0])
-    if all(point.service is None for point in points):
-        said.append("The server exports no Ridgewalk metrics for this time: the report has the clients' figures only.")
-    said += _warnings(points)
+    if missing is not None:
+        said.append(missing)
+    if not is_ridgewalk:
+        said.append("The server exports no Ridgewalk metrics: the report has the clients' figures only.")
+    said += _warnings(points, is_ridgewalk)
     return said
 
 
 def _about_point(point: Point) -> list[str]:
-    said = [] if point.service is None else [_kv(point.service), *_synchronization(point.service)]
+    said = [] if point.service is None else ["The " + _kv(point.service), *_synchronization(point.service)]
     client = point.client
     if client.good_share is not None and client.good_requests_per_s is not None:
         said.append(
@@ -72,8 +80,9 @@ def _about_sweep(points: Sequence[Point]) -> list[str]:
         if cliff > 0:
             said.append(_price(points[cliff - 1], last))
     elif any(point.service is not None for point in points):
-        highest = max((point.service.kv_usage_max or 0.0 for point in points if point.service is not None), default=0.0)
-        said.append(f"No load reached the capacity cliff: at most {percent(highest)} of a KV cache was used.")
+        seen = [p.service.kv_usage_max for p in points if p.service is not None and p.service.kv_usage_max is not None]
+        used = f"at most {percent(max(seen))} of a KV cache was used" if seen else "nothing was preempted"
+        said.append(f"No load reached the capacity cliff: {used}.")
     said.append(f"The highest throughput, {_rate(best.client)}, was at {best.label}.")
     if best.client.good_requests_per_s is not None:
         good = max(points, key=lambda point: point.client.good_requests_per_s or 0.0)
@@ -85,11 +94,17 @@ def _about_sweep(points: Sequence[Point]) -> list[str]:
 
 
 def _kv(service: Service) -> str:
+    """A sentence without its article."""
+    if service.kv_usage_max is None:
+        unseen = "load was too short to see how full the KV cache was: no complete scrape of /metrics fell within it"
+        if not service.num_preemptions:
+            return f"{unseen}; nothing was preempted."
+        return f"{unseen}; {_preemptions(service)}."
     full = service.kv_full_share or 0.0
     if not service.num_preemptions and not full:
         return (
-            f"KV cache was never full: at most {percent(service.kv_usage_max or 0.0)} of a replica's blocks were used, "
-            "nothing was preempted."
+            f"KV cache was never full: at most {percent(service.kv_usage_max)} of its blocks were used where it was "
+            "fullest, nothing was preempted."
         )
     if not service.num_preemptions:
         return (
@@ -97,26 +112,27 @@ def _kv(service: Service) -> str:
             f"{percent(service.throttled_share)} of the time."
         )
     when = f"for {percent(full)} of the run" if full else "for moments between two samples"
-    return (
-        f"KV cache was full {when}; {count(service.num_preemptions)} preemptions recomputed "
-        f"{percent(service.recompute_tax or 0.0)} of the tokens."
-    )
+    return f"KV cache was full {when}; {_preemptions(service)}."
+
+
+def _preemptions(service: Service) -> str:
+    recomputed = percent(service.recompute_tax or 0.0)
+    return f"{count(service.num_preemptions)} preemptions recomputed {recomputed} of the tokens"
 
 
 def _kv_at(point: Point) -> str:
     if point.service is None:
         return ""
-    sentence = _kv(point.service)
-    return f"At {point.label} the {sentence}"
+    return f"At {point.label} the {_kv(point.service)}"
 
 
 def _price(before: Point, after: Point) -> str:
     """What the way over the cliff costs: throughput and time to first token."""
-    gained = after.client.output_tokens_per_s / before.client.output_tokens_per_s
     sentence = (
-        f"From {before.label} to {_number(after)} throughput went from {_rate(before.client)} to {_rate(after.client)} "
-        f"({gained:.2g} times)"
+        f"From {before.label} to {_number(after)} throughput went from {_rate(before.client)} to {_rate(after.client)}"
     )
+    if before.client.output_tokens_per_s:
+        sentence += f" ({after.client.output_tokens_per_s / before.client.output_tokens_per_s:.2g} times)"
     if before.client.ttft_ms is not None and after.client.ttft_ms is not None and before.client.ttft_ms.p99:
         slower = after.client.ttft_ms.p99 / before.client.ttft_ms.p99
         sentence += f", the wait for the first token (p99) from {_ttft(before.client)} to {_ttft(after.client)} "
@@ -133,7 +149,7 @@ def _synchronization(service: Service) -> list[str]:
     ]
 
 
-def _warnings(points: Sequence[Point]) -> list[str]:
+def _warnings(points: Sequence[Point], is_ridgewalk: bool) -> list[str]:
     """What makes the figures less than they seem, each said once with the loads that it is true of."""
     said = []
 
@@ -165,6 +181,23 @@ def _warnings(points: Sequence[Point]) -> list[str]:
         )
     if unread := [point for point in points if point.service is not None and point.service.num_scrapes_failed]:
         said.append(f"Some scrapes of /metrics got no answer{where(unread)}.")
+    if partial := [point for point in points if point.service is not None and point.service.num_scrapes_incomplete]:
+        said.append(
+            f"Some scrapes of /metrics lacked a replica or an ingress{where(partial)} and are left out: did one end or "
+            "start anew, or is it too busy to answer?"
+        )
+    if unknown := [point for point in points if is_ridgewalk and point.service is None]:
+        said.append(
+            f"What the service measured{where(unknown)} is not known: before the load or after it no scrape of "
+            "/metrics had every replica and ingress."
+        )
+    if len(points) > 1 and (
+        unseen := [point for point in points if point.service is not None and point.service.kv_usage_max is None]
+    ):
+        said.append(
+            f"No complete scrape of /metrics fell within the load{where(unseen)}: how full the KV cache was there is "
+            "not known. More --requests take longer."
+        )
     return said
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from html import escape
 
 from ridgewalk.bench.figures import CLIENT, SERVICE, Figure, count, milliseconds, percent, seconds
@@ -84,14 +84,15 @@ def compare_page(first: Report, second: Report, names: tuple[str, str]) -> str:
         body.append(f"<h2>{escape('Figures' + where)}</h2>")
         figures = (*CLIENT, *(SERVICE if a.service is not None or b.service is not None else ()))
         body.append(_ratio_table(figures, a, b))
-        body.append(_card(distribution_plot([("A", a), ("B", b)], first.slo)))
+        slo = first.slo if first.slo == second.slo else Slo()  # one line cannot be the limit of both
+        body.append(_card(distribution_plot([("A", a), ("B", b)], slo)))
     for (letter, report), name in zip(named, names, strict=True):
         body.append(f"<h2>{letter}: {escape(name)}</h2>")
         body.append(_findings(report.findings, find_cliff(report.points) is not None))
-        point = report.points[-1]
-        if point.service is not None:
-            body.append(f"<h3>Over time, {escape(point.label)}</h3>")
-            body += _over_time(point)
+        for point in report.points[-1:]:
+            if point.service is not None:
+                body.append(f"<h3>Over time, {escape(point.label)}</h3>")
+                body += _over_time(point)
     body.append(_footer(second))
     return _page("Two runs side by side", body)
 
@@ -109,15 +110,16 @@ def compare_findings(first: Report, second: Report) -> list[str]:
     """Sentences about the difference."""
     said = []
     for a, b in common_points(first, second)[-1:]:
-        ratio = b.client.output_tokens_per_s / a.client.output_tokens_per_s
         sentence = (
             f"At {b.label} B writes {count(b.client.output_tokens_per_s)} tokens/s and A "
-            f"{count(a.client.output_tokens_per_s)}: {ratio:.2f} times as many."
+            f"{count(a.client.output_tokens_per_s)}"
         )
-        said.append(sentence)
+        if a.client.output_tokens_per_s:
+            sentence += f": {b.client.output_tokens_per_s / a.client.output_tokens_per_s:.2f} times as many"
+        said.append(sentence + ".")
         if a.client.itl_ms is not None and b.client.itl_ms is not None:
             said.append(
-                f"Inter-token latency (p50) is {milliseconds(b.client.itl_ms.p50)} in B and "
+                f"Inter-token latency (p50 of the requests' means) is {milliseconds(b.client.itl_ms.p50)} in B and "
                 f"{milliseconds(a.client.itl_ms.p50)} in A."
             )
         if a.service is not None and b.service is not None:
@@ -127,8 +129,17 @@ def compare_findings(first: Report, second: Report) -> list[str]:
             )
     if not said:
         said.append("The runs have no load in common; the curves are over each other, each at its own loads.")
-    if _asks(first) != _asks(second):
-        said.append("The runs did not ask the same: their profile, scale, seed or number of requests differ.")
+    asked = zip(_asks(first).items(), _asks(second).values(), strict=True)
+    if different := [name for (name, a), b in asked if a != b]:
+        said.append(
+            f"The runs did not ask the same: they differ in {_listed(different)}, so that their figures are of "
+            "different loads."
+        )
+    if first.slo != second.slo:
+        said.append(
+            f"The runs were held to different SLOs (A: {_limits(first.slo)}; B: {_limits(second.slo)}): their goodput "
+            "and shares within the SLO cannot be compared."
+        )
     return said
 
 
@@ -136,9 +147,21 @@ def _collectives(service: Service) -> str:
     return "nothing" if service.collective_share is None else percent(service.collective_share)
 
 
-def _asks(report: Report) -> tuple[object, ...]:
+def _asks(report: Report) -> dict[str, object]:
     workload = report.workload
-    return workload.name, workload.scale, workload.seed, workload.num_requests, workload.lengths_forced
+    return {
+        "profile or trace": workload.name,
+        "scale": workload.scale,
+        "seed": workload.seed,
+        "number of requests": workload.num_requests,
+        "lengths of prompts": workload.input_length,
+        "lengths of outputs": workload.output_length,
+        "whether outputs end where the model ends them": workload.lengths_forced,
+    }
+
+
+def _listed(words: Sequence[str]) -> str:
+    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"
 
 
 def _subtitle(report: Report) -> str:
@@ -191,20 +214,20 @@ def _ratio_table(figures: Sequence[Figure], a: Point, b: Point) -> str:
         values = (figure.value(a), figure.value(b))
         if values == (None, None):
             continue
-        cells = "".join(f"<td>{'–' if value is None else escape(figure.write(value))}</td>" for value in values)
+        cells = "".join(_cell(value, figure.write) for value in values)
         rows.append(f"<tr><td>{_label(figure)}</td>{cells}{_ratio(figure, *values)}</tr>")
     head = "<th></th><th>A</th><th>B</th><th>B / A</th>"
     return _card(f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>")
 
 
 def _ratio(figure: Figure, a: float | None, b: float | None) -> str:
-    if a is None or b is None or not a:
+    if a is None or b is None or a == b == 0:
         return "<td>–</td>"
-    ratio = b / a
     verdict = ""
-    if figure.better is not None and abs(ratio - 1) >= 0.05:
-        verdict = " class=better" if (ratio > 1) == (figure.better == "higher") else " class=worse"
-    return f"<td{verdict}>{ratio:.2f}</td>"
+    if figure.better is not None and abs(b - a) >= 0.05 * abs(a):
+        verdict = " class=better" if (b > a) == (figure.better == "higher") else " class=worse"
+    said = f"{b / a:.2f}" if a else f"{escape(figure.write(a))} → {escape(figure.write(b))}"  # no ratio to nothing
+    return f"<td{verdict}>{said}</td>"
 
 
 def _replica_table(point: Point) -> str:
@@ -214,13 +237,17 @@ def _replica_table(point: Point) -> str:
     )
     head += "<th>preemptions</th><th>recomputed</th><th>throttled</th>"
     rows = "".join(
-        f"<tr><td>{escape(r.name)}</td><td>{percent(r.kv_usage_mean)}</td><td>{percent(r.kv_usage_max)}</td>"
-        f"<td>{percent(r.kv_full_share)}</td><td>{count(r.running_max)}</td><td>{count(r.waiting_max)}</td>"
+        f"<tr><td>{escape(r.name)}</td>{_cell(r.kv_usage_mean, percent)}{_cell(r.kv_usage_max, percent)}"
+        f"{_cell(r.kv_full_share, percent)}{_cell(r.running_max, count)}{_cell(r.waiting_max, count)}"
         f"<td>{count(r.num_preemptions)}</td><td>{count(r.recomputed_tokens)}</td><td>{seconds(r.throttled_s)}</td></tr>"
         for r in point.service.replicas
     )
     title = f"replica, {escape(point.label)}"
     return _card(f"<table><thead><tr>{head.format(title)}</tr></thead><tbody>{rows}</tbody></table>")
+
+
+def _cell(value: float | None, write: Callable[[float], str]) -> str:
+    return f"<td>{'–' if value is None else escape(write(value))}</td>"
 
 
 def _label(figure: Figure) -> str:
@@ -250,14 +277,18 @@ def _asked(report: Report) -> str:
 
 
 def _slo(slo: Slo) -> str:
+    return f"SLO: {_limits(slo)}." if slo != Slo() else ""
+
+
+def _limits(slo: Slo) -> str:
     limits = []
     if slo.ttft_ms is not None:
         limits.append(f"time to first token within {milliseconds(slo.ttft_ms)}")
     if slo.itl_ms is not None:
-        limits.append(f"inter-token latency within {milliseconds(slo.itl_ms)}")
+        limits.append(f"mean inter-token latency within {milliseconds(slo.itl_ms)}")
     if slo.e2e_s is not None:
         limits.append(f"end to end within {seconds(slo.e2e_s)}")
-    return f"SLO: {', '.join(limits)}." if limits else ""
+    return ", ".join(limits) or "none"
 
 
 def _footer(report: Report) -> str:
@@ -265,7 +296,8 @@ def _footer(report: Report) -> str:
     return (
         f"<footer><p>{by}. Client: aiperf's record of each request. Service: /metrics, scraped about once a second; "
         "counters between the scrapes around the load (the service was warm and idle before it), gauges over those "
-        "within. Percentiles are nearest-rank. On one machine client and service share the cores.</p></footer>"
+        "within. Percentiles are nearest-rank; those of inter-token latency are over the means of requests. "
+        "On one machine client and service share the cores.</p></footer>"
     )
 
 

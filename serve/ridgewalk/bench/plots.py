@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import math
 import re
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -79,7 +80,7 @@ def sweep_plot(reports: Sequence[tuple[str, Report]]) -> str:
             (
                 "output tokens/s",
                 "ms",
-                "ms",
+                "ms, means of requests",
                 "% of blocks",
                 "sequences that lost their KV",
                 "% of time, tokens, step time",
@@ -110,9 +111,13 @@ def time_plot(series: Series, duration_s: float, together: bool = False) -> str:
         time = series.time_s
         for index, (replica, usage) in enumerate(zip(series.replicas, series.kv_usage, strict=True)):
             colour = COLOURS[index % len(COLOURS)]
-            kv.plot(time, [100 * value for value in usage], color=colour, label=replica)
-            sequences.plot(time, series.running[index], color=colour, label=f"{replica} running")
-            sequences.plot(time, series.waiting[index], color=colour, linestyle=":", label=f"{replica} waiting")
+            kv.plot(time, _line_of(usage, 100), color=colour, label=replica)
+            if series.kv_fullest and series.kv_fullest[index] != usage:
+                fullest = _line_of(series.kv_fullest[index], 100)
+                kv.plot(time, fullest, color=colour, linestyle=":", label=f"{replica} fullest group")
+            sequences.plot(time, _line_of(series.running[index]), color=colour, label=f"{replica} running")
+            waiting = _line_of(series.waiting[index])
+            sequences.plot(time, waiting, color=colour, linestyle=":", label=f"{replica} waiting")
         _shade_full(kv, series)
         lost = [series.preemptions[i] - series.preemptions[i - 1] for i in range(1, len(time))]
         if any(lost):
@@ -142,7 +147,7 @@ def distribution_plot(points: Sequence[tuple[str, Point]], slo: Slo) -> str:
         figure = Figure(figsize=(11.2, 3.1), layout="constrained")
         columns: tuple[tuple[str, str, Callable[[Point], Sequence[float | None]], float | None], ...] = (
             ("Time to first token", "ms", lambda p: p.client.requests.ttft_ms, slo.ttft_ms),
-            ("Inter-token latency", "ms", lambda p: p.client.requests.itl_ms, slo.itl_ms),
+            ("Inter-token latency", "ms, mean of a request", lambda p: p.client.requests.itl_ms, slo.itl_ms),
             ("Longest pause in a stream", "ms", lambda p: p.client.requests.longest_gap_ms, None),
             ("End to end", "s", lambda p: p.client.requests.e2e_s, slo.e2e_s),
         )
@@ -253,7 +258,8 @@ def _shade_cliff(panels: Sequence[Axes], points: Sequence[Point]) -> None:
 
 
 def _shade_full(axes: Axes, series: Series) -> None:
-    full = [max(row) >= FULL for row in zip(*series.kv_usage, strict=True)]
+    rows = zip(*(series.kv_fullest or series.kv_usage), strict=True)
+    full = [max((value for value in row if value is not None), default=0.0) >= FULL for row in rows]
     for i in range(1, len(full)):
         if full[i]:
             axes.axvspan(series.time_s[i - 1], series.time_s[i], color=DANGER, alpha=0.08, linewidth=0)
@@ -286,6 +292,11 @@ def _load(point: Point) -> str:
 
 def _load_name(reports: Sequence[tuple[str, Report]]) -> str:
     return "concurrency" if reports[0][1].points[0].concurrency is not None else "load"
+
+
+def _line_of(values: Sequence[float | None], factor: float = 1.0) -> list[float]:
+    """With a gap where a sample has no value."""
+    return [math.nan if value is None else factor * value for value in values]
 
 
 def _percent(share: float | None) -> float | None:

@@ -72,27 +72,31 @@ class Replica(msgspec.Struct, frozen=True):
     """One engine replica over the window."""
 
     name: str  # placement/replica
-    kv_usage_mean: float
-    kv_usage_max: float
-    kv_full_share: float  # of the samples
-    running_max: float
-    waiting_max: float
+    kv_usage_mean: float | None  # over the samples, as all gauges here: None when the load was too short for any
+    kv_usage_max: float | None  # of the attention group that was the fullest
+    kv_full_share: float | None  # of the samples, with an attention group over FULL
+    running_max: float | None
+    waiting_max: float | None
     num_preemptions: float
     recomputed_tokens: float
     throttled_s: float
 
 
 class Series(msgspec.Struct, frozen=True):
-    """Samples of the service about once a second; the lists within `kv_usage` ... are by replica."""
+    """Samples of the service about once a second; the lists within `kv_usage` ... are by replica.
+
+    Samples that lack a replica or an ingress are left out.
+    """
 
     time_s: list[float] = []
     replicas: list[str] = []
-    kv_usage: list[list[float]] = []
-    running: list[list[float]] = []
-    waiting: list[list[float]] = []
+    kv_usage: list[list[float | None]] = []  # mean over a replica's attention groups
+    running: list[list[float | None]] = []
+    waiting: list[list[float | None]] = []
     preemptions: list[float] = []  # since the window's start, all replicas
     generation_tokens_per_s: list[float] = []  # since the sample before
     stranded: list[float | None] = []
+    kv_fullest: list[list[float | None]] = []  # of the attention group that is the fullest
 
 
 class Service(msgspec.Struct, frozen=True):
@@ -100,12 +104,12 @@ class Service(msgspec.Struct, frozen=True):
 
     window_s: float  # between the scrapes around the load: the counters' growth is over it
     num_samples: int  # scrapes within the load, of which gauges are taken
-    num_scrapes_failed: int
+    num_scrapes_failed: int  # that got no answer
     replicas: list[Replica]
     num_ranks: int
     kv_usage_mean: float | None
-    kv_usage_max: float | None
-    kv_full_share: float | None  # of samples with a replica over FULL
+    kv_usage_max: float | None  # of the attention group that was the fullest
+    kv_full_share: float | None  # of samples with an attention group over FULL
     internal_fragmentation: float | None  # mean over the samples with running sequences
     stranded_max: float | None
     weight_replication_bytes: float | None
@@ -131,6 +135,7 @@ class Service(msgspec.Struct, frozen=True):
     bubble_share: float | None  # of the load's duration, mean over ranks; None with one stage
     expert_imbalance_max: float | None  # worst layer
     series: Series
+    num_scrapes_incomplete: int = 0  # left out: a replica of the model or an ingress did not answer them
 
 
 class Point(msgspec.Struct, frozen=True):
@@ -140,7 +145,7 @@ class Point(msgspec.Struct, frozen=True):
     concurrency: int | None
     rate: float | None
     client: Client
-    service: Service | None  # None: the server is not a Ridgewalk
+    service: Service | None  # None: no Ridgewalk, or no complete scrape before or after the load
 
 
 class Target(msgspec.Struct, frozen=True):
@@ -187,7 +192,7 @@ def write_report(report: Report, path: Path) -> None:
 
 
 def read_report(path: Path) -> Report:
-    """Read a JSON form. Raises ConfigError when it is not one that this version understands."""
+    """Read a JSON form. Raises ConfigError when it is not one that this version understands, or has no load."""
     try:
         data = path.read_bytes()
         version = msgspec.json.decode(data, type=_Versioned).schema_version
@@ -196,11 +201,14 @@ def read_report(path: Path) -> Report:
                 f"--compare: {path} has schema version {version}, and this version reads {SCHEMA_VERSION}; run the "
                 "load again"
             )
-        return msgspec.json.decode(data, type=Report)
+        report = msgspec.json.decode(data, type=Report)
     except OSError as error:
         raise ConfigError(f"--compare: {path} cannot be read: {error.strerror}") from None
     except msgspec.DecodeError as error:
         raise ConfigError(f"--compare: {path} is not a report.json of `ridgewalk bench`: {error}") from None
+    if not report.points:
+        raise ConfigError(f"--compare: {path} is a report without any load; run the load again")
+    return report
 
 
 class _Versioned(msgspec.Struct):

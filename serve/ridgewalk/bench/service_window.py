@@ -12,12 +12,12 @@ import httpx
 
 from ridgewalk.bench.report import Replica, Series, Service
 from ridgewalk.bench.statistics import mean, ratio, rounded
-from ridgewalk.load.scrape import Scrape
+from ridgewalk.load.scrape import Scrape, growth
 from ridgewalk.metrics import catalogue as names
 
 FULL = 0.95
-"""A replica's KV cache counts as full from this share of its blocks: the rest is less than what running sequences need
-to grow."""
+"""An attention group's KV cache counts as full from this share of its blocks: the rest is less than what running
+sequences need to grow."""
 
 SAMPLE_EVERY_S = 1.0
 MOST_SAMPLES = 600  # of the series in a report; longer runs are thinned out
@@ -80,7 +80,8 @@ def service_figures(
     """What the service measured from ``start`` to ``end``.
 
     Counters are taken between the last scrape before the window and the first after it: the service is idle outside of
-    the window, so that they have grown by the load alone. Gauges are taken of the scrapes within.
+    the window, so that they have grown by the load alone; those within tell of counters that started anew. Gauges are
+    taken of the scrapes within. Scrapes that lack a process are left out: its counters would seem to begin at 0.
 
     Args:
         samples: in the order of time.
@@ -90,34 +91,40 @@ def service_figures(
         num_failed: scrapes that got no answer.
 
     Returns:
-        None when no scrape came before the window or none after it.
+        None when no complete scrape came before the window or none after it.
     """
+    asked = len(samples)
+    samples = [sample for sample in samples if _is_complete(sample.scrape, model)]
     before = [sample for sample in samples if sample.time <= start]
     after = [sample for sample in samples if sample.time >= end]
     if not before or not after:
         return None
     inside = [sample for sample in samples if start < sample.time < end]
-    growth = _Growth(before[-1], after[0], model)
-    gauges = _Gauges(inside, model)
-    replicas = _replicas(growth, gauges, after[0].scrape, model)
-    step, ranks = growth.total(names.STEP_SECONDS, "_sum"), growth.num_ranks
-    preemptions, recomputed = growth.total(names.NUM_PREEMPTIONS), growth.total(names.RECOMPUTED_TOKENS)
-    throttled, generated = growth.total(names.KV_THROTTLED_SECONDS), growth.total(names.GENERATION_TOKENS)
-    ended = growth.total(names.SEQUENCES_ENDED)
-    prompt, hits = growth.total(names.PROMPT_TOKENS), growth.total(names.PREFIX_CACHE_HITS)
-    wait = ratio(growth.total(names.COLLECTIVE_SECONDS, "_sum", phase="wait"), step)
-    transfer = ratio(growth.total(names.COLLECTIVE_SECONDS, "_sum", phase="transfer"), step)
+    window = [before[-1], *inside, after[0]]
+    grown = _Growth(window, model)
+    found = _replicas_of(window, model)
+    gauges = _Gauges(inside, found, model)
+    replicas = _replicas(grown, gauges, found)
+    step, ranks = grown.total(names.STEP_SECONDS, "_sum"), grown.num_ranks
+    preemptions, recomputed = grown.total(names.NUM_PREEMPTIONS), grown.total(names.RECOMPUTED_TOKENS)
+    throttled, generated = grown.total(names.KV_THROTTLED_SECONDS), grown.total(names.GENERATION_TOKENS)
+    ended = grown.total(names.SEQUENCES_ENDED)
+    prompt, hits = grown.total(names.PROMPT_TOKENS), grown.total(names.PREFIX_CACHE_HITS)
+    fullest = [max(row) for row in gauges.fullest_rows()]
+    wait = ratio(grown.total(names.COLLECTIVE_SECONDS, "_sum", phase="wait"), step)
+    transfer = ratio(grown.total(names.COLLECTIVE_SECONDS, "_sum", phase="transfer"), step)
     has_stages = any(value != "1" for value in after[0].scrape.values_of(
         names.PLACEMENT_INFO.name, "pipeline_parallel_size", model_name=model))  # fmt: skip
     return Service(
-        window_s=rounded(growth.seconds),
+        window_s=rounded(grown.seconds),
         num_samples=len(inside),
         num_scrapes_failed=num_failed,
+        num_scrapes_incomplete=asked - len(samples),
         replicas=replicas,
         num_ranks=ranks,
         kv_usage_mean=_maybe(mean([value for row in gauges.rows(names.KV_CACHE_USAGE) for value in row])),
-        kv_usage_max=_maybe(max((value for row in gauges.rows(names.KV_CACHE_USAGE) for value in row), default=None)),
-        kv_full_share=_maybe(mean([float(max(row) >= FULL) for row in gauges.rows(names.KV_CACHE_USAGE) if row])),
+        kv_usage_max=_maybe(max(fullest, default=None)),
+        kv_full_share=_maybe(mean([float(value >= FULL) for value in fullest])),
         internal_fragmentation=_maybe(mean(gauges.fragmentation())),
         stranded_max=_maybe(max(gauges.known(names.KV_STRANDED), default=None)),
         weight_replication_bytes=after[0].scrape.get(names.KV_WEIGHT_REPLICATION.name, model_name=model),
@@ -130,28 +137,47 @@ def service_figures(
         capacity_trap_share=_maybe(mean(gauges.known(names.CAPACITY_TRAP))),
         running_mean=_maybe(mean([sum(row) for row in gauges.rows(names.NUM_REQUESTS_RUNNING)])),
         waiting_mean=_maybe(mean([sum(row) for row in gauges.rows(names.NUM_REQUESTS_WAITING)])),
-        queue_time_mean_s=growth.mean(names.REQUEST_QUEUE_TIME),
-        prefix_cache_hit_rate=_maybe(ratio(hits, growth.total(names.PREFIX_CACHE_QUERIES))),
+        queue_time_mean_s=grown.mean(names.REQUEST_QUEUE_TIME),
+        prefix_cache_hit_rate=_maybe(ratio(hits, grown.total(names.PREFIX_CACHE_QUERIES))),
         generation_tokens=generated,
-        tokens_per_step=_maybe(ratio(generated, growth.total(names.ENGINE_STEPS))),
-        ttft_mean_ms=_times(growth.mean(names.TIME_TO_FIRST_TOKEN), 1e3),
-        itl_mean_ms=_times(growth.mean(names.INTER_TOKEN_LATENCY), 1e3),
+        tokens_per_step=_maybe(ratio(generated, grown.total(names.ENGINE_STEPS))),
+        ttft_mean_ms=_times(grown.mean(names.TIME_TO_FIRST_TOKEN), 1e3),
+        itl_mean_ms=_times(grown.mean(names.INTER_TOKEN_LATENCY), 1e3),
         collective_share=None if wait is None or transfer is None or ranks < 2 else rounded(wait + transfer),
         collective_wait_share=_maybe(wait) if ranks > 1 else None,
         collective_transfer_share=_maybe(transfer) if ranks > 1 else None,
-        step_share=growth.step_shares(step),
-        bubble_share=_maybe(ratio(growth.total(names.PIPELINE_BUBBLE), (end - start) * ranks)) if has_stages else None,
+        step_share=grown.step_shares(step),
+        bubble_share=_maybe(ratio(grown.total(names.PIPELINE_BUBBLE), (end - start) * ranks)) if has_stages else None,
         expert_imbalance_max=_maybe(max(gauges.known(names.EXPERT_LOAD_IMBALANCE, scope="worst"), default=None)),
-        series=_series([before[-1], *inside, after[0]], gauges.replicas, start, model),
+        series=_series(window, found, start, model),
     )
 
 
-class _Growth:
-    """What the counters of one model grew by."""
+def _is_complete(scrape: Scrape, model: str) -> bool:
+    """Every replica of the model and every ingress answered."""
+    return not scrape.total(names.SCRAPE_MISSING_REPLICAS.name, model_name=model) and not scrape.total(
+        names.SCRAPE_MISSING_INGRESSES.name
+    )
 
-    def __init__(self, before: TimedScrape, after: TimedScrape, model: str) -> None:
+
+def _replicas_of(samples: Sequence[TimedScrape], model: str) -> list[tuple[str, str]]:
+    """Placement and rank of each replica that is in any of ``samples``."""
+    found = {
+        (labels["placement"], labels["replica"])
+        for sample in samples
+        for labels in sample.scrape.labels_of(names.KV_CACHE_USAGE.name, model_name=model)
+    }
+    return sorted(found, key=lambda key: (key[0], len(key[1]), key[1]))
+
+
+class _Growth:
+    """What the counters of one model grew by from the first of some scrapes to the last."""
+
+    def __init__(self, samples: Sequence[TimedScrape], model: str) -> None:
+        before, after = samples[0], samples[-1]
         self.seconds = after.time - before.time
-        self._scrape, self._model = after.scrape.since(before.scrape), model
+        *_, self._scrape = growth(sample.scrape for sample in samples)
+        self._model = model
         ranks = {
             (labels["placement"], labels["replica"], labels["rank"])
             for labels in after.scrape.labels_of(f"{names.STEP_SECONDS.name}_sum", model_name=model)
@@ -171,91 +197,116 @@ class _Growth:
 
 
 class _Gauges:
-    """The gauges of one model in a row of scrapes."""
+    """The gauges of one model's replicas in a row of scrapes; None where a scrape lacks the replica."""
 
-    def __init__(self, samples: Sequence[TimedScrape], model: str) -> None:
-        self._samples, self._model = samples, model
-        found = {
-            (labels["placement"], labels["replica"])
-            for sample in samples
-            for labels in sample.scrape.labels_of(names.KV_CACHE_USAGE.name, model_name=model)
-        }
-        self.replicas = sorted(found, key=lambda key: (key[0], len(key[1]), key[1]))
+    def __init__(self, samples: Sequence[TimedScrape], replicas: Sequence[tuple[str, str]], model: str) -> None:
+        self._samples, self._replicas, self._model = samples, replicas, model
 
-    def of(self, spec: names.MetricSpec, placement: str, replica: str) -> list[float]:
+    def of(self, spec: names.MetricSpec, placement: str, replica: str) -> list[float | None]:
+        labels = {"model_name": self._model, "placement": placement, "replica": replica}
+        return [sample.scrape.get(spec.name, **labels) for sample in self._samples]
+
+    def fullest(self, placement: str, replica: str) -> list[float | None]:
+        """KV usage of the attention group that is the fullest: the replica's own is the mean over them."""
+        whole = self.of(names.KV_CACHE_USAGE, placement, replica)
+        labels = {"model_name": self._model, "placement": placement, "replica": replica}
         return [
-            sample.scrape.total(spec.name, model_name=self._model, placement=placement, replica=replica)
-            for sample in self._samples
+            usage if usage is None else max(_group_usages(sample.scrape, labels), default=usage)
+            for usage, sample in zip(whole, self._samples, strict=True)
         ]
 
     def rows(self, spec: names.MetricSpec) -> list[list[float]]:
-        """By scrape, then by replica."""
-        return [list(row) for row in zip(*(self.of(spec, *key) for key in self.replicas), strict=True)]
+        """By scrape, then by replica that it has."""
+        return _rows([self.of(spec, *key) for key in self._replicas])
+
+    def fullest_rows(self) -> list[list[float]]:
+        """`fullest` by scrape, then by replica that it has."""
+        return _rows([self.fullest(*key) for key in self._replicas])
 
     def known(self, spec: names.MetricSpec, **labels: str) -> list[float]:
         """The largest value of each scrape that has one."""
-        values = (sample.scrape.get(spec.name, model_name=self._model, **labels) for sample in self._samples)
-        return [value for value in values if value is not None]
+        return _known([sample.scrape.get(spec.name, model_name=self._model, **labels) for sample in self._samples])
 
     def fragmentation(self) -> list[float]:
         return [
             fragmentation
-            for key in self.replicas
+            for key in self._replicas
             for fragmentation, running in zip(
                 self.of(names.KV_INTERNAL_FRAGMENTATION, *key), self.of(names.NUM_REQUESTS_RUNNING, *key), strict=True
             )
-            if running
+            if running and fragmentation is not None
         ]
 
 
-def _replicas(growth: _Growth, gauges: _Gauges, last: Scrape, model: str) -> list[Replica]:
+def _group_usages(scrape: Scrape, labels: dict[str, str]) -> list[float]:
+    """Used KV blocks / all, of each attention group of a replica."""
+    usages = []
+    for group in scrape.values_of(names.KV_BLOCKS.name, "group", **labels):
+        blocks = scrape.total(names.KV_BLOCKS.name, group=group, **labels)
+        used = scrape.total(names.KV_BLOCKS.name, group=group, state="used", **labels)
+        usages.append(used / blocks if blocks else 0.0)
+    return usages
+
+
+def _replicas(grown: _Growth, gauges: _Gauges, found: Sequence[tuple[str, str]]) -> list[Replica]:
     replicas = []
-    for placement, replica in gauges.replicas:
+    for placement, replica in found:
         labels = {"placement": placement, "replica": replica}
-        usage = gauges.of(names.KV_CACHE_USAGE, placement, replica)
+        fullest = _known(gauges.fullest(placement, replica))
+        running = _known(gauges.of(names.NUM_REQUESTS_RUNNING, placement, replica))
+        waiting = _known(gauges.of(names.NUM_REQUESTS_WAITING, placement, replica))
         replicas.append(
             Replica(
                 name=f"{placement}/{replica}",
-                kv_usage_mean=rounded(mean(usage) or 0.0),
-                kv_usage_max=rounded(max(usage, default=0.0)),
-                kv_full_share=rounded(mean([float(value >= FULL) for value in usage]) or 0.0),
-                running_max=max(gauges.of(names.NUM_REQUESTS_RUNNING, placement, replica), default=0.0),
-                waiting_max=max(gauges.of(names.NUM_REQUESTS_WAITING, placement, replica), default=0.0),
-                num_preemptions=growth.total(names.NUM_PREEMPTIONS, **labels),
-                recomputed_tokens=growth.total(names.RECOMPUTED_TOKENS, **labels),
-                throttled_s=rounded(growth.total(names.KV_THROTTLED_SECONDS, **labels)),
+                kv_usage_mean=_maybe(mean(_known(gauges.of(names.KV_CACHE_USAGE, placement, replica)))),
+                kv_usage_max=_maybe(max(fullest, default=None)),
+                kv_full_share=_maybe(mean([float(value >= FULL) for value in fullest])),
+                running_max=max(running, default=None),
+                waiting_max=max(waiting, default=None),
+                num_preemptions=grown.total(names.NUM_PREEMPTIONS, **labels),
+                recomputed_tokens=grown.total(names.RECOMPUTED_TOKENS, **labels),
+                throttled_s=rounded(grown.total(names.KV_THROTTLED_SECONDS, **labels)),
             )
         )
     return replicas
 
 
-def _series(samples: Sequence[TimedScrape], replicas: list[tuple[str, str]], start: float, model: str) -> Series:
+def _series(samples: Sequence[TimedScrape], replicas: Sequence[tuple[str, str]], start: float, model: str) -> Series:
     every = -(-len(samples) // MOST_SAMPLES)
+    so_far = [
+        (scrape.total(names.NUM_PREEMPTIONS.name, model_name=model),
+         scrape.total(names.GENERATION_TOKENS.name, model_name=model))
+        for scrape in growth(sample.scrape for sample in samples)
+    ][::every]  # fmt: skip
+    preemptions, tokens = [each[0] for each in so_far], [each[1] for each in so_far]
     samples = samples[::every]
-    gauges = _Gauges(samples, model)
-    gauges.replicas = replicas
+    gauges = _Gauges(samples, replicas, model)
 
-    def by_replica(spec: names.MetricSpec) -> list[list[float]]:
-        return [[rounded(value) for value in gauges.of(spec, *key)] for key in replicas]
+    def by_replica(spec: names.MetricSpec) -> list[list[float | None]]:
+        return [[_maybe(value) for value in gauges.of(spec, *key)] for key in replicas]
 
-    def counter(spec: names.MetricSpec) -> list[float]:
-        return [sample.scrape.total(spec.name, model_name=model) for sample in samples]
-
-    preemptions, tokens = counter(names.NUM_PREEMPTIONS), counter(names.GENERATION_TOKENS)
     times = [sample.time - start for sample in samples]
-    rates = [
-        rounded(max(0.0, tokens[i] - tokens[i - 1]) / max(1e-9, times[i] - times[i - 1])) for i in range(1, len(times))
-    ]
+    rates = [rounded((tokens[i] - tokens[i - 1]) / max(1e-9, times[i] - times[i - 1])) for i in range(1, len(times))]
     return Series(
         time_s=[rounded(time) for time in times],
         replicas=[f"{placement}/{replica}" for placement, replica in replicas],
         kv_usage=by_replica(names.KV_CACHE_USAGE),
+        kv_fullest=[[_maybe(value) for value in gauges.fullest(*key)] for key in replicas],
         running=by_replica(names.NUM_REQUESTS_RUNNING),
         waiting=by_replica(names.NUM_REQUESTS_WAITING),
-        preemptions=[value - preemptions[0] for value in preemptions],
+        preemptions=preemptions,
         generation_tokens_per_s=[0.0, *rates],
         stranded=[_maybe(sample.scrape.get(names.KV_STRANDED.name, model_name=model)) for sample in samples],
     )
+
+
+def _known(values: Sequence[float | None]) -> list[float]:
+    return [value for value in values if value is not None]
+
+
+def _rows(columns: Sequence[Sequence[float | None]]) -> list[list[float]]:
+    """The known values of each scrape; scrapes without any are left out."""
+    return [known for row in zip(*columns, strict=True) if (known := _known(row))]
 
 
 def _maybe(value: float | None) -> float | None:

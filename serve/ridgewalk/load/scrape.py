@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from prometheus_client.parser import text_string_to_metric_families
 
 Sample = tuple[str, frozenset[tuple[str, str]]]
+
+COUNTER_SUFFIXES = ("_total", "_count", "_sum", "_bucket")
+"""End the names of series that only fall when the process that counts them has started anew."""
 
 
 @dataclass(frozen=True)
@@ -50,9 +53,27 @@ class Scrape:
 
     def since(self, before: Scrape) -> Scrape:
         """What the counters (and histograms) have grown by; gauges lose their meaning."""
-        return Scrape({key: value - before.samples.get(key, 0.0) for key, value in self.samples.items()})
+        *_, grown = growth([before, self])
+        return grown
 
     def mean(self, name: str, **labels: str) -> float | None:
         """Mean of a histogram or summary; None when nothing was observed."""
         count = self.total(f"{name}_count", **labels)
         return self.total(f"{name}_sum", **labels) / count if count else None
+
+
+def growth(scrapes: Iterable[Scrape]) -> Iterator[Scrape]:
+    """What the counters (and histograms) have grown by since the first scrape, at each of them.
+
+    A counter that fell was started anew, and has grown by its new value since. One that the first scrape lacks began
+    at 0. Gauges lose their meaning.
+    """
+    last: dict[Sample, float] = {}
+    grown: dict[Sample, float] = {}
+    for number, scrape in enumerate(scrapes):
+        for key, value in scrape.samples.items():
+            before = value if number == 0 else last.get(key, 0.0)
+            anew = value < before and key[0].endswith(COUNTER_SUFFIXES)
+            grown[key] = grown.get(key, 0.0) + (value if anew else value - before)
+            last[key] = value
+        yield Scrape(dict(grown))
