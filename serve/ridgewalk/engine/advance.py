@@ -27,7 +27,7 @@ def rounds_until_event(scheduler: Scheduler) -> int:
     num_running = scheduler.num_running
     if not num_running or (scheduler.config.schedule_ahead and scheduler.config.max_steps_in_flight > 1):
         return 0
-    if not all(_decodes(scheduler, group) for group in scheduler.groups) or not _rotates(scheduler):
+    if not _rotates(scheduler) or not all(_decodes(scheduler, group) for group in scheduler.groups):
         return 0
     if scheduler.waiting and (_may_admit(scheduler) or _pauses(scheduler)):
         return 0

@@ -88,7 +88,7 @@ class Request:
     @property
     def is_prefilling(self) -> bool:
         """True while more than one known token is left to compute: a prompt, or what a preempted request had."""
-        return self.num_placeholders == 0 and self.num_tokens_to_compute > 1
+        return self.num_placeholders == 0 and len(self.token_ids) - self.num_computed_tokens > 1
 
     @property
     def may_sample_more(self) -> bool:

@@ -192,7 +192,7 @@ class Scheduler:
     def sizes_in_flight(self, index: int) -> list[int]:
         """Sequences of a group that each step in flight samples for, oldest first; those that have ended aside."""
         return [
-            sum(samples and request.status is not RequestStatus.ENDED for request, samples in groups[index])
+            len([row for row in groups[index] if row[1] and row[0].status is not RequestStatus.ENDED])
             for _, groups in self._in_flight
         ]
 
@@ -215,11 +215,17 @@ class Scheduler:
         Returns True when a request was preempted to make room.
         """
         preempted = False
-        candidates = [(request, request.num_tokens_to_compute) for request in plan.group.running]
+        # In flight, chunks of a prompt sample nothing: the next one needs no result of theirs.
+        ahead = self.config.schedule_ahead
+        candidates = [
+            (request, request.num_tokens_to_compute)
+            for request in plan.group.running
+            if not request.num_in_flight or (request.may_sample_more if ahead else not request.num_placeholders)
+        ]
         for request, left in [row for row in candidates if row[1] == 1] + [row for row in candidates if row[1] > 1]:
             if plan.is_full:
                 break
-            if request.status is not RequestStatus.RUNNING or (request.num_in_flight and not self._can_run(request)):
+            if request.status is not RequestStatus.RUNNING:
                 continue
             num_tokens = min(left, plan.budget)
             while not plan.group.kv.grow(request, request.num_computed_tokens + num_tokens):
@@ -234,13 +240,6 @@ class Scheduler:
             else:
                 plan.add(request, num_tokens)
         return preempted
-
-    def _can_run(self, request: Request) -> bool:
-        """Whether a request may be in one more step, while it is in one in flight."""
-        if self.config.schedule_ahead:
-            return request.may_sample_more
-        # Chunks of a prompt sample nothing: the next one needs no result of theirs.
-        return request.num_placeholders == 0
 
     def _preempt(self, victim: Request, plan: _Plan) -> None:
         """Take a request's blocks; it starts again from the front of the queue and recomputes what it had."""
@@ -280,14 +279,15 @@ class Scheduler:
         if not self.config.micro_batches:
             return self.config.max_num_seqs
         index = self.groups.index(group)
-        num_prefilling = sum(request.is_prefilling for request in group.running)
+        num_prefilling = len([request for request in group.running if request.is_prefilling])
         num_sequences = len(group.running) - num_prefilling + num_admissible
         return num_prefilling + row_limit(num_sequences, self.sizes_in_flight(index), self.config.max_steps_in_flight)
 
     def _raise_row_limits(self, plans: list[_Plan]) -> None:
         if self.config.micro_batches:
             for plan, num_admissible in zip(plans, self._count_admissible(plans), strict=True):
-                plan.max_rows = self._row_limit(plan.group, num_admissible)
+                if num_admissible:
+                    plan.max_rows = self._row_limit(plan.group, num_admissible)
 
     def _count_admissible(self, plans: list[_Plan]) -> list[int]:
         """Waiting requests that each group could admit now: the first exactly, the others as if nothing was cached."""

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import msgspec
+
 from ridgewalk.engine.request import Request
 from ridgewalk.engine.step import TokenLogprobs
 
 
-@dataclass(frozen=True)
-class NewToken:
+class NewToken(msgspec.Struct, frozen=True):
     """One token that a step gave one request."""
 
     request: Request

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Annotated, Optional
 
@@ -99,7 +100,7 @@ def plan(
     else:
         when = "at once" if rate is None else f"at {rate:g} a second"
         title = f"{model} on {hardware}: {len(scene.arrivals)} requests of {workload} {when}, policy {policy}"
-        console = Console(soft_wrap=True)
+        console = Console(soft_wrap=True, width=None if sys.stdout.isatty() else 120)
         console.print(as_table(ranked, title))
         for candidate in ranked:
             name = candidate.placement.name

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 from collections.abc import Sequence
@@ -46,8 +47,13 @@ def evaluate(scene: Scene, placements: Sequence[Placement]) -> list[Candidate]:
     if workers < 2 or tokens < SMALL_LOAD:
         outcomes = [simulate(scene, placement) for placement in feasible]
     else:
-        with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
-            outcomes = list(pool.map(simulate, [scene] * len(feasible), feasible))
+        # Nothing that a simulation makes is in a cycle, so it needs no collector. Long pipelines take longest: first.
+        with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=gc.disable) as pool:
+            futures = {
+                placement: pool.submit(simulate, scene, placement)
+                for placement in sorted(feasible, key=lambda each: -max(shape.mesh.pp for shape in each.shapes))
+            }
+            outcomes = [futures[placement].result() for placement in feasible]
     found = iter(outcomes)
     return [
         Candidate(placement, None if problem else next(found), problem)
