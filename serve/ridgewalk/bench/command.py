@@ -10,8 +10,8 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from ridgewalk.bench.profiles import PROFILES
 from ridgewalk.config import ConfigError
+from ridgewalk.placement.data_files import shipped_names
 
 LOAD, SERVER, OUTPUT = "Load", "Server", "Report and tools"
 
@@ -20,7 +20,12 @@ def bench(
     context: typer.Context,
     profile: Annotated[
         str | None,
-        typer.Option("--profile", "-p", rich_help_panel=LOAD, help=f"{', '.join(PROFILES)}. Default: reasoning."),
+        typer.Option(
+            "--profile",
+            "-p",
+            rich_help_panel=LOAD,
+            help=f"{', '.join(shipped_names('workloads'))}. Default: reasoning.",
+        ),
     ] = None,
     trace: Annotated[
         Optional[Path],  # noqa: UP045
