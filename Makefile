@@ -15,7 +15,7 @@ watch: $(READY)
 	$(BIN)/ridgewalk watch
 
 test: $(READY)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadgroup
 
 lint: $(READY)
 	$(BIN)/ruff check serve tests monitoring

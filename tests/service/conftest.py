@@ -29,12 +29,12 @@ def service_config(**changes: object) -> ServeConfig:
     )
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def config() -> ServeConfig:
     return service_config()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def service_url(config: ServeConfig) -> Iterator[str]:
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     with running_service(config, Console(file=io.StringIO())):

@@ -20,6 +20,9 @@ FULL = 0.95
 sequences need to grow."""
 
 SAMPLE_EVERY_S = 1.0
+SETTLED_S = 0.5
+"""A replica publishes its counters every 0.1 s: until then its last tokens are with the client and not yet counted."""
+
 MOST_SAMPLES = 600  # of the series in a report; longer runs are thinned out
 _TIMEOUT_S = 5.0
 
@@ -57,6 +60,7 @@ class ServiceSampler:
             while not self._ended.is_set():
                 self._scrape(client)
                 self._ended.wait(SAMPLE_EVERY_S)
+            time.sleep(SETTLED_S)
             self._scrape(client)
 
     def _scrape(self, client: httpx.Client) -> None:
@@ -79,9 +83,9 @@ def service_figures(
 ) -> Service | None:
     """What the service measured from ``start`` to ``end``.
 
-    Counters are taken between the last scrape before the window and the first after it: the service is idle outside of
-    the window, so that they have grown by the load alone; those within tell of counters that started anew. Gauges are
-    taken of the scrapes within. Scrapes that lack a process are left out: its counters would seem to begin at 0.
+    Counters are taken between the last scrape before the window and the first `SETTLED_S` after it: the service is idle
+    outside of the window, so that they have grown by the load alone; those within tell of counters that started anew.
+    Gauges are taken of the scrapes within. Scrapes that lack a process are left out: its counters would seem to begin at 0.
 
     Args:
         samples: in the order of time.
@@ -91,12 +95,12 @@ def service_figures(
         num_failed: scrapes that got no answer.
 
     Returns:
-        None when no complete scrape came before the window or none after it.
+        None when no complete scrape came before the window or none `SETTLED_S` after it.
     """
     asked = len(samples)
     samples = [sample for sample in samples if _is_complete(sample.scrape, model)]
     before = [sample for sample in samples if sample.time <= start]
-    after = [sample for sample in samples if sample.time >= end]
+    after = [sample for sample in samples if sample.time >= end + SETTLED_S]
     if not before or not after:
         return None
     inside = [sample for sample in samples if start < sample.time < end]
