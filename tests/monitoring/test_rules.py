@@ -14,7 +14,7 @@ from monitoring.prometheus_rule import MANIFEST, manifest_text
 from tests.monitoring.queries import readable, rules
 
 FOLDER = Path(__file__).parents[2] / "monitoring" / "prometheus"
-CASES = FOLDER / "tests" / "alerts.test.yml"
+CASES = sorted((FOLDER / "tests").glob("*.test.yml"))
 needs_promtool = pytest.mark.skipif(shutil.which("promtool") is None, reason="promtool is not installed")
 
 
@@ -29,13 +29,14 @@ def test_promtool_takes_the_configuration_and_its_rules() -> None:
 
 
 @needs_promtool
-def test_alerts_fire_when_they_should_and_only_then() -> None:
-    promtool("test", "rules", str(CASES))
+@pytest.mark.parametrize("cases", CASES, ids=lambda path: path.stem)
+def test_alerts_fire_when_they_should_and_only_then(cases: Path) -> None:
+    promtool("test", "rules", str(cases))
 
 
 def test_every_alert_has_a_case_that_fires_and_one_that_does_not() -> None:
     fires: dict[str, set[bool]] = {}
-    for case in yaml.safe_load(CASES.read_text())["tests"]:
+    for case in (case for path in CASES for case in yaml.safe_load(path.read_text())["tests"]):
         for expected in case["promql_expr_test"]:
             name = re.search(r'alertname="(\w+)"', expected["expr"])
             assert name is not None

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import os
-import signal
 import socket
-import sys
 import time
 import traceback
 from collections.abc import Callable
@@ -127,13 +125,3 @@ def _progress(rank: int, connection: RankConnection) -> Callable[[int, int], Non
             connection.send(Loading(rank, done_bytes, total_bytes))
 
     return report
-
-
-def main() -> None:
-    """Entry of a spawned rank: its `RankLaunch` comes on standard input."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which then stops its ranks
-    run_rank(msgspec.msgpack.decode(sys.stdin.buffer.read(), type=RankLaunch))
-
-
-if __name__ == "__main__":
-    main()
