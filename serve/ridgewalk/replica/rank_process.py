@@ -31,6 +31,10 @@ from ridgewalk.replica.rank_protocol import (
 
 PROGRESS_EVERY_S = 0.5
 
+CPU_RANK_NICENESS = 5
+"""Ranks that compute on CPUs take every core there is; whoever feeds them and answers clients needs little, but at
+once."""
+
 
 class RankConnection:
     """The rank's end of the wire."""
@@ -92,6 +96,8 @@ def _serve(launch: RankLaunch, connection: RankConnection) -> None:
     from ridgewalk.model.runner import create_runner, device_memory, multiplies_fp8  # torch, only here
 
     engine = launch.engine
+    if engine.device == "cpu":
+        os.nice(CPU_RANK_NICENESS)
     memory = device_memory(engine.device)[0] if engine.device == "cuda" else memory_bytes()
     address = connection.local_address()
     fp8 = multiplies_fp8(engine.device, ModelSpec.from_folder(engine.model_path), engine.dtype)
