@@ -122,6 +122,15 @@ def test_death_of_a_rank_is_seen_and_ends_the_others(reference: tuple[Path, torc
             os.kill(pid, 0)
 
 
+@pytest.mark.parametrize("token", [-1, 10**6])
+def test_a_token_that_does_not_exist_is_refused(reference: tuple[Path, torch.nn.Module], token: int) -> None:
+    with (
+        OfflineEngine(engine_config(reference[0])) as engine,
+        pytest.raises(ValueError, match="prompt 1 has token ids"),
+    ):
+        engine.generate([[1], [2, token]], SamplingParams(max_tokens=2))
+
+
 def test_ranks_end_with_their_owner(reference: tuple[Path, torch.nn.Module]) -> None:
     ranks = SpawnedRanks()
     config = engine_config(reference[0], 2)
