@@ -26,6 +26,12 @@ def num_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
 
 
+def cpu_name() -> str:
+    """As the system calls it."""
+    named = [line.partition(":")[2].strip() for line in cpu_flags() if line.startswith("model name")]
+    return named[0] if named else platform.processor() or platform.machine()
+
+
 def cpu_flags() -> list[str]:
     """Instruction sets and name of this CPU."""
     try:

@@ -130,7 +130,8 @@ class CostModel:
         send = hardware.stage_overhead_s if mesh.pp > 1 else 0.0
         if not stage.is_last:
             send += send_s(hardware, mesh.dp * mesh.tp, hidden_bytes / mesh.tp)
-        launch = stage.num_layers * (hardware.layer_overhead_s + tokens * hardware.token_overhead_s)
+        values = tokens * self.spec.hidden_size
+        launch = stage.num_layers * (hardware.layer_overhead_s + values * hardware.value_overhead_s)
         return StepTime(weights, products, attention, all_reduce, dispatch, launch, send)
 
     def _expert_times(self, stage: _Stage, tokens: float) -> tuple[float, float]:

@@ -42,7 +42,7 @@ class RankRates(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
     attention_flops: dict[str, _Positive]
     latent_attention_flops: dict[str, _Positive]
     layer_overhead_s: _NotNegative
-    token_overhead_s: _NotNegative
+    value_overhead_s: _NotNegative
     step_overhead_s: _NotNegative
     sequence_overhead_s: _NotNegative
 
@@ -55,7 +55,7 @@ class HardwareSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     memory_bytes: _Positive  # of one device
     memory_bandwidth: _Positive  # bytes/s
     flops: dict[str, _Positive]  # dense FLOP/s by dtype; float8 where the device multiplies it
-    within_node: Link
+    within_node: Link | None  # None: a node has one device
     bandwidth_efficiency: _Share
     flops_efficiency: _Share
     link_efficiency: _Share
@@ -74,7 +74,9 @@ class HardwareSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     # heads per KV head; none: the memory's
     attention_flops: dict[str, _Positive] = {}  # FLOP/s of attention of a prompt; none: as products
     latent_attention_flops: dict[str, _Positive] = {}  # the same over latents (MLA), decode too
-    token_overhead_s: _NotNegative = 0.0  # of one token in one layer, beside products and attention: norms, rotation
+    value_overhead_s: _NotNegative = (
+        0.0  # of one value of a token's hidden state in one layer: norms, rotation, activation
+    )
     host_shares_cores: bool = False  # what the host does takes the ranks' time: scheduling ahead cannot hide it
     memory_share: _Share | None = None  # of the memory, for ranks; None: the policy's
     process_bytes: _NotNegative = 0  # of that share, taken by a rank's process before it holds anything of a model
@@ -97,10 +99,15 @@ class HardwareSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return "float8" in self.flops
 
     def link(self, num_devices: int) -> Link:
-        """What joins so many neighbouring devices."""
-        if num_devices <= self.devices_per_node or self.between_nodes is None:
-            return self.within_node
-        return self.between_nodes
+        """What joins so many neighbouring devices.
+
+        Raises:
+            HardwareError: there are not so many.
+        """
+        link = self.within_node if num_devices <= self.devices_per_node else self.between_nodes
+        if link is None:
+            raise HardwareError(f"nothing is known of a link between {num_devices} devices of {self.about}")
+        return link
 
     def rank_budget(self, default_share: float) -> int:
         """Bytes that a rank may use for a model; ``default_share`` of its memory unless the hardware says otherwise."""
