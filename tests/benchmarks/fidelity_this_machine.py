@@ -9,14 +9,13 @@ only while other programs take little of the cores; of those that count, the med
 from __future__ import annotations
 
 import argparse
-import json
 import multiprocessing
 import random
 import statistics
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -48,12 +47,11 @@ POLICY = Policy("offline", MAX_NUM_SEQS, MAX_NUM_BATCHED_TOKENS, 1.0, host_overl
 QUIET = 0.05
 """Of the cores: what other programs may take in a run that counts."""
 
-ATTEMPTS = 4
+ATTEMPTS = 2
 """For each run that shall count."""
 
 
-@dataclass(frozen=True)
-class Run:
+class Run(msgspec.Struct, frozen=True):
     """One measured run of a placement."""
 
     tokens_per_s: float
@@ -62,23 +60,33 @@ class Run:
     others: float  # share of the cores that other programs took
 
 
-@dataclass(frozen=True)
-class Row:
-    """One line of the table."""
+class Measured(msgspec.Struct, frozen=True):
+    """Runs of one placement with so much KV."""
 
     model: str
     placement: str
     kv_tokens: int
-    predicted: float
-    predicted_preemptions: int
-    measured: float
     runs: list[Run]
-    quiet: bool  # enough runs counted
+    quiet: bool  # all of them count
+
+    @property
+    def tokens_per_s(self) -> float:
+        """The median."""
+        return statistics.median(run.tokens_per_s for run in self.runs)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table."""
+
+    measured: Measured
+    predicted: float  # tokens/s
+    preemptions: int  # predicted
 
     @property
     def error(self) -> float:
         """Of the prediction, signed."""
-        return self.predicted / self.measured - 1
+        return self.predicted / self.measured.tokens_per_s - 1
 
 
 def load() -> list[Arrival]:
@@ -208,7 +216,7 @@ def measure(replicas: Replicas, repeats: int) -> tuple[list[Run], bool]:
     return sorted(runs, key=lambda run: run.others)[:repeats], False
 
 
-def _await_quiet(patience_s: float = 20.0) -> None:
+def _await_quiet(patience_s: float = 10.0) -> None:
     deadline = time.monotonic() + patience_s
     while psutil.cpu_percent(0.5) > 100 * QUIET and time.monotonic() < deadline:
         pass
@@ -219,88 +227,98 @@ def _busy_s() -> float:
     return sum(times) - times.idle - times.iowait
 
 
-def compare(folder: Path, hardware: HardwareSpec, repeats: int, models: Sequence[str]) -> list[Row]:
+def measure_all(folder: Path, models: Sequence[str], only: Sequence[str], repeats: int) -> list[Measured]:
     """Every placement of every model with ample and with scarce KV."""
-    rows = []
+    found = []
     for model in models:
-        if not (folder / model).exists():
-            make_random_checkpoint(model, folder / model)
         spec = ModelSpec.from_folder(folder / model)
         for name in PLACEMENTS[model]:
-            placement = parse_placement(name)
             for kv_tokens in (AMPLE, SCARCE):
-                outcome = predict(spec, hardware, placement, kv_tokens)
-                replicas = Replicas(folder / model, spec, placement, kv_tokens)
+                if only and name not in only:
+                    continue
+                replicas = Replicas(folder / model, spec, parse_placement(name), kv_tokens)
                 try:
                     runs, quiet = measure(replicas, repeats)
                 finally:
                     replicas.close()
-                measured = statistics.median(run.tokens_per_s for run in runs)
-                rows.append(
-                    Row(
-                        model,
-                        name,
-                        kv_tokens,
-                        outcome.throughput_tokens_per_s,
-                        outcome.preemptions,
-                        measured,
-                        runs,
-                        quiet,
-                    )
-                )
-                print(line(rows[-1]), flush=True)
-    return rows
+                found.append(Measured(model, name, kv_tokens, runs, quiet))
+                print(found[-1], file=sys.stderr, flush=True)
+    return found
+
+
+def compare(folder: Path, hardware: HardwareSpec, measured: Sequence[Measured]) -> list[Row]:
+    """Set a prediction beside each measurement."""
+    specs = {model: ModelSpec.from_folder(folder / model) for model in {each.model for each in measured}}
+    outcomes = [
+        predict(specs[each.model], hardware, parse_placement(each.placement), each.kv_tokens) for each in measured
+    ]
+    return [
+        Row(each, outcome.throughput_tokens_per_s, outcome.preemptions)
+        for each, outcome in zip(measured, outcomes, strict=True)
+    ]
 
 
 def line(row: Row) -> str:
     """Of the Markdown table."""
-    preempted = statistics.median(run.preemptions for run in row.runs)
-    runs = ", ".join(f"{run.tokens_per_s:.0f}" for run in row.runs)
-    note = "" if row.quiet else f"disturbed: others took up to {max(run.others for run in row.runs):.0%}"
+    measured = row.measured
+    preempted = statistics.median(run.preemptions for run in measured.runs)
+    runs = ", ".join(f"{run.tokens_per_s:.0f}" for run in measured.runs)
+    note = "" if measured.quiet else f"disturbed: others took up to {max(run.others for run in measured.runs):.0%}"
     return (
-        f"| {row.model} | {row.placement} | {row.kv_tokens:,} | {row.predicted:.0f} | {row.measured:.0f} ({runs}) | "
-        f"{row.error:+.0%} | {row.predicted_preemptions} | {preempted:.0f} | {note} |"
+        f"| {measured.model} | {measured.placement} | {measured.kv_tokens:,} | {row.predicted:.0f} | "
+        f"{measured.tokens_per_s:.0f} ({runs}) | {row.error:+.0%} | {row.preemptions} | {preempted:.0f} | {note} |"
     )
 
 
 def summary(rows: Sequence[Row]) -> str:
     """Errors and orders."""
     told = [f"median error {statistics.median(abs(row.error) for row in rows):.1%} of {len(rows)}"]
-    for model in dict.fromkeys(row.model for row in rows):
+    for model in dict.fromkeys(row.measured.model for row in rows):
         for kv_tokens in (AMPLE, SCARCE):
-            some = [row for row in rows if (row.model, row.kv_tokens) == (model, kv_tokens)]
-            orders = [
-                [row.placement for row in sorted(some, key=lambda row: -getattr(row, figure))]
-                for figure in ("predicted", "measured")
-            ]
-            verdict = "same order" if orders[0] == orders[1] else "another order"
-            told.append(f"{model}, {kv_tokens:,}: {verdict}; predicted {orders[0]}, measured {orders[1]}")
+            some = [row for row in rows if (row.measured.model, row.measured.kv_tokens) == (model, kv_tokens)]
+            predicted = [row.measured.placement for row in sorted(some, key=lambda row: -row.predicted)]
+            measured = [row.measured.placement for row in sorted(some, key=lambda row: -row.measured.tokens_per_s)]
+            verdict = "same order" if predicted == measured else "another order"
+            told.append(
+                f"{model}, {kv_tokens:,}: {verdict}; predicted {' > '.join(predicted)}, measured {' > '.join(measured)}"
+            )
     return "\n".join(told)
 
 
 def main() -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--hardware", type=Path, help="a file of an earlier calibration")
+    parser.add_argument("--measured", type=Path, nargs="+", help="files of earlier runs, instead of running")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--models", nargs="+", default=list(PLACEMENTS), choices=list(PLACEMENTS))
-    parser.add_argument("--out", type=Path, help="also as JSON")
+    parser.add_argument("--placements", nargs="+", default=[], help="only these")
+    parser.add_argument("--out", type=Path, help="write the runs, for --measured")
     arguments = parser.parse_args()
-    arguments.folder.mkdir(parents=True, exist_ok=True)
-    path = arguments.hardware or arguments.folder / "this-machine.yaml"
+    for model in arguments.models:
+        if not (arguments.folder / model).exists():
+            make_random_checkpoint(model, arguments.folder / model)
+    hardware = arguments.hardware or arguments.folder / "this-machine.yaml"
     if arguments.hardware is None:
         _await_quiet()
-        run_calibration(path)
-    print(
-        "| model | placement | KV tokens | predicted tokens/s | measured (runs) | error | preemptions predicted | measured | |"
-    )
-    print("|---|---|---|---|---|---|---|---|---|")
-    rows = compare(arguments.folder, find_hardware(str(path)), arguments.repeats, arguments.models)
-    print(summary(rows))
+        run_calibration(hardware)
+    if arguments.measured:
+        read = [msgspec.json.decode(path.read_bytes(), type=list[Measured]) for path in arguments.measured]
+        measured = [each for found in read for each in found]
+    else:
+        measured = measure_all(arguments.folder, arguments.models, arguments.placements, arguments.repeats)
     if arguments.out is not None:
-        arguments.out.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
+        arguments.out.write_bytes(msgspec.json.encode(measured))
+    rows = compare(arguments.folder, find_hardware(str(hardware)), measured)
+    print(
+        "| model | placement | KV tokens | predicted tokens/s | measured (runs) | error | preemptions: predicted",
+        end="",
+    )
+    print(" | measured | |\n|---|---|---|---|---|---|---|---|---|")
+    print("\n".join(map(line, rows)))
+    print(summary(rows))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -15,7 +15,7 @@ from ridgewalk.placement.mesh import Mesh
 from ridgewalk.replica.engine_config import EngineConfig
 from ridgewalk.replica.offline import OfflineEngine
 
-PROMPT, VOCABULARY, HIDDEN = 16, 16_000, 256
+PROMPT, VOCABULARY, HIDDEN = 16, 16_000, 64
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ def small_shape(num_layers: int, num_ranks: int) -> dict[str, Any]:
         "num_hidden_layers": num_layers,
         "num_attention_heads": max(8, num_ranks),
         "num_key_value_heads": max(4, num_ranks),
-        "head_dim": 32,
+        "head_dim": 16,
         "vocab_size": VOCABULARY,
     }
 

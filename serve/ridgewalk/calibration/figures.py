@@ -13,6 +13,7 @@ class KernelRates(msgspec.Struct, frozen=True):
     attention_bandwidth: dict[int, float]  # bytes/s of KV in decode, by query heads per KV head
     attention_flops: float  # FLOP/s of attention of prompts
     latent_attention_flops: float  # FLOP/s of decode over latents
+    value_s: float  # seconds of norms, rotation and activation of a layer, for each value of a token's hidden state
 
 
 class CollectiveRates(msgspec.Struct, frozen=True):
@@ -32,9 +33,8 @@ class RankFigures(msgspec.Struct, frozen=True):
 
 
 class Overheads(msgspec.Struct, frozen=True):
-    """Seconds of a step of the whole engine that no product, no attention and no collective takes."""
+    """Seconds of a step of the whole engine that the kernels and collectives measured do not take."""
 
     step_s: float
     sequence_s: float  # for each sequence of the step
     layer_s: float  # for each layer
-    value_s: float  # for each value of a token's hidden state in each layer

@@ -12,7 +12,7 @@ from ridgewalk.calibration import collective_probes, engine_probe, kernel_probes
 from ridgewalk.calibration.figures import CollectiveRates, Overheads, RankFigures
 from ridgewalk.placement.hardware import HardwareSpec, Link, RankRates
 
-NO_OVERHEADS = Overheads(0.0, 0.0, 0.0, 0.0)
+NO_OVERHEADS = Overheads(0.0, 0.0, 0.0)
 
 HOW: Mapping[str, str] = {
     "devices_per_node": "cores; each is a device, and a rank alone on the machine has them all as threads",
@@ -35,12 +35,13 @@ HOW: Mapping[str, str] = {
     "flops_efficiency": "likewise",
     "link_efficiency": "likewise",
     "stage_overhead_s": "seconds; as an exchange of few bytes, for stages hand over through the same memory",
-    "layer_overhead_s": "seconds of a layer in a step; this and the next three are what decode steps of small models "
+    "value_overhead_s": "seconds of a layer for each value of a token's hidden state: two norms, rotation, activation, "
+    f"of {kernel_probes.TOKENS} tokens of {kernel_probes.SIDE}",
+    "layer_overhead_s": "seconds of a layer in a step; this and the next two are what decode steps of small models "
     f"({engine_probe.PROMPT} prompt tokens, hidden {engine_probe.HIDDEN}) take beyond all of the above, with scheduler "
     "and ranks in processes of their own",
-    "value_overhead_s": "seconds of each value of a token's hidden state in each layer: norms, rotation, activation",
     "step_overhead_s": "seconds of a step",
-    "sequence_overhead_s": "seconds of each sequence of a step",
+    "sequence_overhead_s": f"seconds of each sequence of a step, sampling from {engine_probe.VOCABULARY:,} included",
     "host_shares_cores": "scheduler and ranks have the same cores",
     "memory_share": "of the memory, for all ranks: what `ridgewalk serve` takes by default",
     "process_bytes": "bytes of a rank's process before it holds anything of a model",
@@ -77,7 +78,7 @@ def rank_rates(figures: Sequence[RankFigures], overheads: Overheads) -> RankRate
             dtype: fmean(rank.latent_attention_flops for rank in ranks) for dtype, ranks in dtypes.items()
         },
         layer_overhead_s=overheads.layer_s,
-        value_overhead_s=overheads.value_s,
+        value_overhead_s=fmean(rank.value_s for ranks in dtypes.values() for rank in ranks),
         step_overhead_s=overheads.step_s,
         sequence_overhead_s=overheads.sequence_s,
     )

@@ -9,7 +9,7 @@ import torch
 
 from ridgewalk.calibration.figures import KernelRates
 from ridgewalk.calibration.stopwatch import Stopwatch
-from ridgewalk.kernels.kernel_set import KernelSet, Matrix
+from ridgewalk.kernels.kernel_set import HeadLayout, KernelSet, Matrix
 
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 QUERY_HEADS = (1, 2, 4, 8)
@@ -24,6 +24,7 @@ SIDE = 1024
 KV_HEADS, HEAD_DIM, BLOCK_SIZE = 4, 64, 16
 SEQUENCES, CONTEXT = 16, 512
 PROMPTS, PROMPT = 4, 256
+TOKENS = 32
 LATENT_HEADS, LATENT_DIM, LATENT_VALUE_DIM = 8, 160, 128
 
 
@@ -40,6 +41,7 @@ def measure_kernels(
         },
         attention_flops=_prompt_flops(kernels, dtype, stopwatch),
         latent_attention_flops=_latent_flops(kernels, dtype, stopwatch),
+        value_s=_value_s(kernels, dtype, stopwatch),
     )
 
 
@@ -109,6 +111,28 @@ def _latent_flops(kernels: KernelSet, dtype: torch.dtype, stopwatch: Stopwatch) 
 
     flops = SEQUENCES * CONTEXT * LATENT_HEADS * 2 * (LATENT_DIM + LATENT_VALUE_DIM)
     return flops / stopwatch.seconds_per_call(call)
+
+
+def _value_s(kernels: KernelSet, dtype: torch.dtype, stopwatch: Stopwatch) -> float:
+    """Seconds of a layer beside its products and attention, for each value of the hidden states of its tokens.
+
+    Two norms, rotation of half as many keys as queries, and the activation of an MLP three times as wide.
+    """
+    heads = HeadLayout(SIDE // HEAD_DIM, SIDE // HEAD_DIM // 2, HEAD_DIM)
+    hidden, qkv = (torch.randn(TOKENS, width).to(dtype) for width in (SIDE, heads.qkv_size))
+    residual, gate_up, norm = torch.zeros_like(hidden), torch.randn(TOKENS, 6 * SIDE).to(dtype), torch.ones(SIDE)
+    caches = [torch.zeros(TOKENS, BLOCK_SIZE, heads.num_kv_heads, HEAD_DIM, dtype=dtype) for _ in range(2)]
+    norm, head_norms = norm.to(dtype), (torch.ones(HEAD_DIM, dtype=dtype),) * 2
+    positions, cos_sin = torch.arange(TOKENS), torch.zeros(TOKENS, HEAD_DIM)
+    slots = positions * BLOCK_SIZE
+
+    def call() -> None:
+        for _ in range(2):
+            kernels.add_rms_norm(hidden, residual, norm, 1e-6)
+        kernels.rotate_and_cache(qkv, heads, head_norms, 1e-6, positions, cos_sin, *caches, slots)
+        kernels.silu_and_mul(gate_up)
+
+    return stopwatch.seconds_per_call(call) / TOKENS / SIDE
 
 
 def _lengths(sequences: int, queries: int, context: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ridgewalk.calibration.engine_probe import HIDDEN, StepPoint, small_shape
+from ridgewalk.calibration.engine_probe import StepPoint, small_shape
 from ridgewalk.calibration.figures import Overheads
 from ridgewalk.placement.cost_model import CostModel, GroupLoad
 from ridgewalk.placement.hardware import HardwareSpec
@@ -15,17 +15,14 @@ from ridgewalk.placement.model_spec import ModelSpec
 
 
 def fit_overheads(points: Sequence[StepPoint], hardware: HardwareSpec, num_ranks: int) -> Overheads:
-    """What is left of the steps of small models is a sum over steps, sequences, layers and their tokens' values.
+    """What is left of the steps of small models is a sum over steps, sequences and layers.
 
     Args:
         points: at least two numbers of layers and two of sequences.
         hardware: as one of ``num_ranks`` ranks has it, without overheads.
         num_ranks: tensor-parallel, that the steps ran on.
     """
-    columns = [
-        [1.0, point.num_sequences, point.num_layers, point.num_layers * point.num_sequences * HIDDEN]
-        for point in points
-    ]
+    columns = [[1.0, point.num_sequences, point.num_layers] for point in points]
     left = [point.seconds - _predicted_s(point, hardware, num_ranks) for point in points]
     found, *_ = np.linalg.lstsq(np.array(columns), np.array(left), rcond=None)
     return Overheads(*(max(0.0, float(seconds)) for seconds in found))
