@@ -47,6 +47,9 @@ POLICY = Policy("offline", MAX_NUM_SEQS, MAX_NUM_BATCHED_TOKENS, 1.0, host_overl
 QUIET = 0.05
 """Of the cores: what other programs may take in a run that counts."""
 
+WARM_UP = 3
+"""Requests that are not measured, before those that are."""
+
 ATTEMPTS = 2
 """For each run that shall count."""
 
@@ -182,16 +185,17 @@ def _serve(config: EngineConfig, replica: int, replicas: int, end: Connection) -
         end.send("ready")
         while (seed := end.recv()) is not None:
             rng = random.Random(f"{seed}-{replica}")  # prompts of an earlier run would be found in the prefix cache
-            prompts = [[rng.randrange(VOCABULARY) for _ in range(PROMPT)] for _ in share]
+            count = WARM_UP if seed < 0 else len(share)
+            prompts = [[rng.randrange(VOCABULARY) for _ in range(PROMPT)] for _ in range(count)]
             before = _counts(engine)
             begin = time.monotonic()
-            engine.generate(prompts, sampling)
+            engine.generate(prompts, sampling[:count])
             finish, after = time.monotonic(), _counts(engine)
             end.send(
                 {
                     "begin": begin,
                     "end": finish,
-                    "tokens": sum(each.output_length for each in share),
+                    "tokens": sum(each.output_length for each in share[:count]),
                     "preemptions": after[0] - before[0],
                     "recomputed": after[1] - before[1],
                 }
@@ -205,7 +209,7 @@ def _counts(engine: OfflineEngine) -> tuple[int, int]:
 
 def measure(replicas: Replicas, repeats: int) -> tuple[list[Run], bool]:
     """Runs that count, or if there are too few the quietest ones; and whether there were enough."""
-    replicas.run(seed=-1)  # touches everything once
+    replicas.run(seed=-1)
     runs: list[Run] = []
     for attempt in range(ATTEMPTS * repeats):
         _await_quiet()

@@ -23,12 +23,13 @@ def fit_overheads(points: Sequence[StepPoint], hardware: HardwareSpec, num_ranks
         num_ranks: tensor-parallel, that the steps ran on.
     """
     columns = [[1.0, point.num_sequences, point.num_layers] for point in points]
-    left = [point.seconds - _predicted_s(point, hardware, num_ranks) for point in points]
+    left = [point.seconds - predicted_s(point, hardware, num_ranks) for point in points]
     found, *_ = np.linalg.lstsq(np.array(columns), np.array(left), rcond=None)
     return Overheads(*(max(0.0, float(seconds)) for seconds in found))
 
 
-def _predicted_s(point: StepPoint, hardware: HardwareSpec, num_ranks: int) -> float:
+def predicted_s(point: StepPoint, hardware: HardwareSpec, num_ranks: int) -> float:
+    """What the cost model knows of such a step."""
     spec = ModelSpec.from_config({**small_shape(point.num_layers, num_ranks), "dtype": "bfloat16"})
     read = point.num_sequences * point.context
     (stage,) = CostModel(spec, Mesh(tp=num_ranks), hardware).stage_times(

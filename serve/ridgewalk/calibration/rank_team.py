@@ -48,14 +48,19 @@ def measure_team(task: TeamTask) -> list[RankFigures]:
             processes[-1].start()
             others.close()  # so that the end of the process is seen here
         try:
-            return [_receive(rank, end) for rank, end in enumerate(ends)]
+            return [receive(rank, end) for rank, end in enumerate(ends)]
         finally:
             for process in processes:
                 process.join(1.0)
                 process.kill()
 
 
-def _receive(rank: int, end: Connection) -> RankFigures:
+def receive(rank: int, end: Connection) -> RankFigures:
+    """What a rank sends when it has measured.
+
+    Raises:
+        CalibrationError: it ended before, or takes too long.
+    """
     if not end.poll(TIMEOUT_S):
         raise CalibrationError(f"rank {rank} has measured nothing within {TIMEOUT_S:.0f} s")
     try:

@@ -46,13 +46,12 @@ class Stopwatch:
 
     def _sample(self, call: Callable[[], object]) -> float:
         self.ranks.barrier()
-        began = now = time.perf_counter()
-        calls = 0
-        while now - began < self.effort.sample_s:
+        began = time.perf_counter()
+        calls, spent = 0, 0.0
+        while not calls or spent < self.effort.sample_s:
             call()
-            calls += 1
-            now = time.perf_counter()
-        return (now - began) / calls
+            calls, spent = calls + 1, time.perf_counter() - began
+        return spent / calls
 
 
 def lower_quartile(samples: Sequence[float]) -> float:

@@ -48,7 +48,7 @@ def run_plan(
     goal, limits = _objective(objective, ttft, tpot)
     spec, served_name = _model(model)
     devices = _hardware(hardware, spec)
-    scene = Scene(spec, devices, POLICIES[policy], make_load(workload, requests, rate, seed))
+    scene = Scene(spec, devices, POLICIES[policy], make_load(workload, requests, rate, seed, served_name))
     if scene.max_model_len > spec.max_position_embeddings:
         raise ConfigError(
             f"--workload: {workload} has requests of up to {scene.max_model_len:,} tokens, and the context of {model} "
@@ -67,7 +67,8 @@ def run_plan(
     if as_json:
         typer.echo(json.dumps(as_data(ranked), indent=1))
     else:
-        when = "at once" if rate is None else f"at {rate:g} a second"
+        last_s = scene.arrivals[-1].time_s
+        when = f"at {rate or len(scene.arrivals) / last_s:.3g} a second" if last_s else "at once"
         title = f"{model} on {hardware}: {len(scene.arrivals)} requests of {workload} {when}, policy {policy}"
         console = Console(soft_wrap=True, width=None if sys.stdout.isatty() else 120)
         console.print(as_table(ranked, title))
