@@ -44,26 +44,26 @@ class HistogramLengths:
     @property
     def mean(self) -> float:
         """To within a hundredth: of a hundred lengths of each bucket."""
-        within = [
-            sum(self._at(bucket, (at + 0.5) / 100) for at in range(100)) / 100 for bucket in range(len(self.bounds))
-        ]
-        return sum(count * length for count, length in zip(self.counts, within, strict=True)) / sum(self.counts)
+        within = [sum(self._at(bucket, (at + 0.5) / 100) for at in range(100)) for bucket in range(len(self.bounds))]
+        return sum(count * lengths for count, lengths in zip(self.counts, within, strict=True)) / 100 / sum(self.counts)
 
-    def quantile(self, share: float) -> float:
+    def quantile(self, share: float) -> int:
         """The length that ``share`` of all, in (0, 1), do not exceed."""
         wanted = share * sum(self.counts)
         for bucket, total in enumerate(accumulate(self.counts)):
             if wanted <= total and self.counts[bucket] > 0:
                 return self._at(bucket, 1 - (total - wanted) / self.counts[bucket])
-        return self.bounds[-1]
+        return round(self.bounds[-1])
 
     def sample(self, count: int, rng: random.Random) -> list[int]:
         """As `LogNormalLengths.sample`: the middles of equally likely strata, in random order."""
-        lengths = [max(1, round(self.quantile((index + 0.5) / count))) for index in range(count)]
+        lengths = [self.quantile((index + 0.5) / count) for index in range(count)]
         rng.shuffle(lengths)
         return lengths
 
-    def _at(self, bucket: int, share: float) -> float:
+    def _at(self, bucket: int, share: float) -> int:
+        """A length over the bound before and not over the bucket's."""
         above = self.bounds[bucket]
-        below = self.bounds[bucket - 1] if bucket else min(1.0, above)
-        return float(below * (above / below) ** (share**self.steepness))
+        below = self.bounds[bucket - 1] if bucket else 0.0
+        length = max(1.0, below) * (above / max(1.0, below)) ** (share**self.steepness)
+        return max(int(below) + 1, round(length))
