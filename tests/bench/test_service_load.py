@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import random
+import threading
 from collections.abc import Iterable
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 from hypothesis import given, settings
@@ -15,6 +17,7 @@ from ridgewalk.bench.service_load import WINDOW_S, ServiceLoad, read_load
 from ridgewalk.config import ConfigError
 from ridgewalk.metrics.catalogue import TOKEN_BUCKETS
 from ridgewalk.metrics.ingress_metrics import IngressMetrics
+from ridgewalk.planning.load import make_load
 
 BUILD = '# TYPE ridgewalk_build_info gauge\nridgewalk_build_info{version="1"} 1\n'
 
@@ -76,6 +79,31 @@ def test_of_several_models_the_one_that_is_planned_for_counts() -> None:
 def test_what_cannot_be_planned_from_is_a_sentence(text: str, says: str) -> None:
     with pytest.raises(ConfigError, match=f"--workload: http://host:8000.*{says}"):
         read_load("http://host:8000", "small", lambda: text, None)
+
+
+def test_the_metrics_of_a_service_are_fetched_and_planned_with() -> None:
+    service = Service("small")
+    service.serve("small", [(30, 300)] * 10)
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200 if self.path == "/metrics" else 404)
+            self.end_headers()
+            self.wfile.write(service.text().encode())
+
+        def log_message(self, format: str, *args: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_address[1]}/v1"
+        arrivals = make_load(url, 20, None, 0, "small")
+        with pytest.raises(ConfigError, match="/nowhere/metrics answers 404; is this a Ridgewalk service"):
+            make_load(url.replace("/v1", "/nowhere"), 20, None, 0, "small")
+        server.shutdown()
+    assert len(arrivals) == 20
+    assert {arrival.time_s for arrival in arrivals} == {0.0}
+    assert all(20 < arrival.prompt_length <= 50 and 200 < arrival.output_length <= 500 for arrival in arrivals)
 
 
 def test_without_arrivals_the_rate_is_asked_for() -> None:
