@@ -30,6 +30,7 @@ class StepPoint:
 
 def small_shape(num_layers: int, num_ranks: int) -> dict[str, Any]:
     """Of a Qwen3 whose products take little; its vocabulary is that of a small model, for sampling."""
+    kv_heads = num_ranks * -(-4 // num_ranks)
     return {
         "architectures": ["Qwen3ForCausalLM"],
         "model_type": "qwen3",
@@ -45,8 +46,8 @@ def small_shape(num_layers: int, num_ranks: int) -> dict[str, Any]:
         "hidden_size": HIDDEN,
         "intermediate_size": 64 * num_ranks,
         "num_hidden_layers": num_layers,
-        "num_attention_heads": max(8, num_ranks),
-        "num_key_value_heads": max(4, num_ranks),
+        "num_attention_heads": 2 * kv_heads,
+        "num_key_value_heads": kv_heads,
         "head_dim": 16,
         "vocab_size": VOCABULARY,
     }

@@ -152,6 +152,8 @@ class CostModel:
 
     def _product_s(self, flops_per_row: float, rows: float) -> float:
         """Seconds of products of so many rows, at the rate that the hardware reaches with as many."""
+        if not rows:
+            return 0.0
         return flops_per_row * (rows if self._products is None else self._products.at(rows)) / self._rate
 
     def _describe_attention(self) -> None:
