@@ -36,11 +36,11 @@ from ridgewalk.replica.offline import OfflineEngine
 from ridgewalk.zoo.random_checkpoint import make_random_checkpoint
 
 PLACEMENTS = {"q50m": ("TP1", "TP2", "DP2"), "moe": ("TP1", "TP2", "DP2", "DP2xEP2")}
-REQUESTS, PROMPT, LONGEST = 32, 64, 256
-OUTPUTS = LogNormalLengths(median=96, sigma=0.6, longest=LONGEST)
+REQUESTS, PROMPT, LONGEST = 24, 64, 192
+OUTPUTS = LogNormalLengths(median=80, sigma=0.6, longest=LONGEST)
 VOCABULARY = 16_000
 MAX_NUM_SEQS, MAX_NUM_BATCHED_TOKENS = 64, 2048
-AMPLE, SCARCE = REQUESTS * (PROMPT + LONGEST), 1536
+AMPLE, SCARCE = REQUESTS * (PROMPT + LONGEST), 1024
 """Tokens of KV of all ranks together: room for every request at its longest, and a third of what they come to need."""
 
 POLICY = Policy("offline", MAX_NUM_SEQS, MAX_NUM_BATCHED_TOKENS, 1.0, host_overlaps=True, admission="prompt_only")
