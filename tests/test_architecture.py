@@ -14,12 +14,12 @@ HEAVY = {"torch", "transformers", "ray"}
 PURE = ("engine", "routing", "placement", "planning")
 
 ALLOWED = {
-    "placement": {"placement"},
+    "placement": {"placement", "machine"},
     "metrics": {"metrics", "placement", "engine", "replica", "api", "routing"},  # others for type checking only
     "engine": {"engine"},
     "routing": {"routing"},
     "planning": {"planning", "placement", "engine", "bench", "config", "model_source", "zoo"},
-    "kernels": {"kernels"},
+    "kernels": {"kernels", "machine"},
     "parallel": {"parallel", "placement", "kernels"},
     "model": {"model", "engine", "parallel", "kernels", "placement"},
 }

@@ -11,6 +11,7 @@ from rich.markup import escape
 
 from ridgewalk import __version__
 from ridgewalk.bench.command import bench
+from ridgewalk.calibration.command import calibrate
 from ridgewalk.config import ConfigError, ModelConfig, PlacementConfig, ServeConfig, load_config, parse_config
 from ridgewalk.flags import in_flags
 from ridgewalk.planning.command import plan
@@ -19,6 +20,7 @@ app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_
 ENGINE, PLACEMENT, SERVICE = "Engine", "Placement", "Service"
 app.command()(bench)
 app.command()(plan)
+app.command()(calibrate)
 _FIELDS = {"api_key": "api_keys", "served_model_name": "name"}  # of flags that are called otherwise
 
 

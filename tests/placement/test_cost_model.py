@@ -7,11 +7,14 @@ from dataclasses import fields
 
 import msgspec
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from ridgewalk.placement.collective_cost import all_reduce_s
+from ridgewalk.placement.collective_cost import all_reduce_s, all_to_all_s
 from ridgewalk.placement.cost_model import CostModel, GroupLoad, StepTime
 from ridgewalk.placement.data_files import shipped_path
-from ridgewalk.placement.hardware import HardwareSpec, find_hardware
+from ridgewalk.placement.hardware import HardwareSpec, Link, find_hardware
+from ridgewalk.placement.measured_curve import MeasuredCurve
 from ridgewalk.placement.mesh import Mesh
 from ridgewalk.placement.model_spec import ModelSpec
 
@@ -102,7 +105,7 @@ def test_experts_of_all_attention_groups_pay_dispatch_and_combine() -> None:
     assert time.all_reduce == 0
 
 
-@pytest.mark.parametrize("constant", ["layer_overhead_s", "stage_overhead_s"])
+@pytest.mark.parametrize("constant", ["layer_overhead_s", "stage_overhead_s", "value_overhead_s"])
 def test_every_overhead_is_in_the_total(constant: str) -> None:
     hardware, load = ideal(), [decoding(8, 1000)]
     slower = msgspec.structs.replace(hardware, **{constant: 1.0})
@@ -110,6 +113,58 @@ def test_every_overhead_is_in_the_total(constant: str) -> None:
         CostModel(shipped("qwen2.5-14b"), Mesh(pp=2), each).stage_times(load) for each in (hardware, slower)
     )
     assert all(late.total > early.total + 0.9 for early, late in zip(before, after, strict=True))
+
+
+def test_products_of_few_rows_take_what_was_measured_for_so_many() -> None:
+    spec = shipped("llama-3.1-8b")
+    slow = msgspec.structs.replace(ideal(), product_shares={"bfloat16": {1: 0.001, 64: 0.5, 1024: 1.0}})
+    one, many, between = (
+        CostModel(spec, Mesh(), slow).stage_times([GroupLoad(rows, rows, 0, 0)])[0].products for rows in (1, 1024, 544)
+    )
+    whole = CostModel(spec, Mesh(), ideal()).stage_times([GroupLoad(1024, 1024, 0, 0)])[0].products
+    assert one == pytest.approx(whole / 1024 / 0.001)
+    assert many == pytest.approx(whole)
+    assert between == pytest.approx(whole / 1024 * (64 / 0.5 + 1024) / 2)
+
+
+def test_rows_of_an_expert_are_those_that_meet_there() -> None:
+    spec = shipped("mixtral-8x7b")
+    shares = {"bfloat16": {1: 0.01, 4096: 0.01}}  # a hundred times as slow whatever the rows, so that all is computing
+    slow = msgspec.structs.replace(ideal(), product_shares=shares)
+    assert spec.moe is not None
+    times = [CostModel(spec, Mesh(), each).stage_times([GroupLoad(512, 0, 0, 0)])[0] for each in (ideal(), slow)]
+    assert times[1].products == pytest.approx(
+        100 * 512 * 2 * (spec.active_parameters - _tables(spec)) / 989e12, rel=1e-2
+    )
+
+
+def _tables(spec: ModelSpec) -> int:
+    return 2 * spec.vocab_size * spec.hidden_size
+
+
+def test_reading_kv_slows_with_the_queries_that_share_it_where_that_was_measured() -> None:
+    spec = shipped("llama-3.1-8b")  # 32 heads, 8 KV heads
+    measured = msgspec.structs.replace(ideal(), attention_bandwidth={"bfloat16": {2: 4e9, 8: 1e9}})
+    (time,) = CostModel(spec, Mesh(), measured).stage_times([decoding(1, 1000)])
+    per_byte = (1 / 4e9 * 4 + 1 / 1e9 * 2) / 6
+    assert time.attention == pytest.approx(131_072 * 1000 * per_byte)
+
+
+def test_an_all_to_all_may_have_a_link_of_its_own() -> None:
+    link = Link(latency_s=1e-3, bandwidth=1e9)
+    hardware = msgspec.structs.replace(ideal(), all_to_all=link)
+    assert all_to_all_s(hardware, 4, 4e9) == pytest.approx(1e-3 + 3)
+    assert all_to_all_s(ideal(), 4, 4e9) == pytest.approx(10e-6 + 3 / 450)
+
+
+@given(st.dictionaries(st.integers(1, 512), st.floats(1e-6, 1e3), min_size=1), st.floats(0.1, 2000))
+def test_a_curve_is_what_was_measured_and_stays_between(measured: dict[int, float], size: float) -> None:
+    curve = MeasuredCurve.of(measured)
+    assert all(curve.at(known) == pytest.approx(value) for known, value in measured.items())
+    if size <= max(measured):
+        assert min(measured.values()) * 0.999 <= curve.at(size) <= max(measured.values()) * 1.001
+    else:
+        assert curve.at(size) == pytest.approx(measured[max(measured)] * size / max(measured))
 
 
 def test_the_host_pays_for_each_step_and_each_sequence() -> None:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import msgspec
 import pytest
 
+from ridgewalk.machine import calibration_path
 from ridgewalk.placement.data_files import shipped_names, shipped_path
-from ridgewalk.placement.hardware import HardwareError, find_hardware
+from ridgewalk.placement.hardware import HardwareError, RankRates, find_hardware
 from ridgewalk.placement.model_spec import ModelSpec
 
 
@@ -53,6 +55,52 @@ def test_a_file_is_hardware_too_and_its_faults_are_named(tmp_path: Path) -> None
     own.write_text("a: [")
     with pytest.raises(HardwareError, match="is not YAML"):
         find_hardware(str(own))
+
+
+def test_this_machine_is_what_calibrate_has_written_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RIDGEWALK_CACHE", str(tmp_path))
+    with pytest.raises(HardwareError, match="this-machine has not been measured; run `ridgewalk calibrate` once"):
+        find_hardware("this-machine")
+    shipped = shipped_path("hardware", "h200")
+    assert shipped is not None
+    calibration_path().write_text(shipped.read_text())
+    assert find_hardware("this-machine") == find_hardware("8xh200")
+    calibration_path().write_text(shipped.read_text().replace("flops:", "flips:"))
+    with pytest.raises(HardwareError, match=r"flips.*; run `ridgewalk calibrate` again"):
+        find_hardware("this-machine")
+
+
+def test_several_nodes_need_a_link_between_them(tmp_path: Path) -> None:
+    shipped = shipped_path("hardware", "h200")
+    assert shipped is not None
+    lines = [line for line in shipped.read_text().splitlines() if not line.startswith("between_nodes")]
+    own = tmp_path / "own.yaml"
+    own.write_text("\n".join([*lines, "num_nodes: 2"]))
+    with pytest.raises(HardwareError, match="several nodes need between_nodes"):
+        find_hardware(str(own))
+
+
+def test_ranks_between_two_measured_numbers_have_what_the_greater_one_left_each() -> None:
+    h200 = find_hardware("8xh200")
+    shared = msgspec.structs.replace(h200, by_ranks={1: rates(8e12), 2: rates(6e12), 4: rates(5e12)})
+    found = {count: shared.shared_by(count).memory_bandwidth for count in (1, 2, 3, 4, 5, 8)}
+    assert found == {1: 8e12, 2: 6e12, 3: 5e12, 4: 5e12, 5: 4.8e12, 8: 4.8e12}
+    assert h200.shared_by(1) == h200  # a device that no rank shares
+
+
+def rates(bandwidth: float) -> RankRates:
+    return RankRates(
+        memory_bandwidth=bandwidth,
+        flops={"bfloat16": 1e15},
+        product_shares={},
+        attention_bandwidth={},
+        attention_flops={},
+        latent_attention_flops={},
+        layer_overhead_s=0.0,
+        value_overhead_s=0.0,
+        step_overhead_s=0.0,
+        sequence_overhead_s=0.0,
+    )
 
 
 PUBLISHED = {  # parameters, and those that a token passes where they are fewer

@@ -8,8 +8,11 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from ridgewalk.calibration.hardware_file import as_yaml
 from ridgewalk.cli import app
 from ridgewalk.config import ConfigError, load_config
+from ridgewalk.machine import calibration_path
+from tests.calibration.test_hardware_file import machine
 
 SMALL = ("--workload", "chat", "--requests", "24")
 
@@ -82,11 +85,28 @@ def test_a_table_reasons_and_an_account_are_printed_and_a_plot_drawn(tmp_path: P
     assert "DP2" in plot.read_text()
 
 
+def test_this_machine_is_planned_for_with_fewer_ranks_too_and_what_is_emitted_runs_on_cpus(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RIDGEWALK_CACHE", str(tmp_path))
+    calibration_path().write_text(as_yaml(machine(), "Measured by a test."))
+    path = tmp_path / "service.yaml"
+    listed = planned("--model", "demo-dense", "--hardware", "this-machine", "--emit", str(path))
+    assert {item["name"] for item in listed} == {"TP1", "TP2", "DP2", "PP2"}
+    (model,) = load_config(path).models
+    assert [placement.gpus_per_rank for placement in model.placements] == [0.0]
+    sparse = planned("--model", "demo-moe", "--hardware", "this-machine")
+    assert "DP2xEP2" in {item["name"] for item in sparse}
+    assert all(item["feasible"] for item in (*listed, *sparse))
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
         (("--model", "llama-9"), "--model: there is no model 'llama-9'; there are .*llama-3.1-8b"),
         (("--hardware", "8xb200"), "--hardware: there is no hardware '8xb200'.*h100, h200"),
+        (("--hardware", "this-machine"), "--hardware: this-machine has not been measured; run `ridgewalk calibrate`"),
+        (("--workload", "http://127.0.0.1:9"), "--workload: no service answers at http://127.0.0.1:9"),
         (("--workload", "poetry"), "--workload: there is no workload 'poetry'; there are chat, long-prompt, reasoning"),
         (("--workload", "none.yaml"), "--workload: none.yaml cannot be read"),
         (("--requests", "0"), "--requests: 0 is not a number of requests over 0"),
@@ -107,7 +127,10 @@ def test_a_table_reasons_and_an_account_are_printed_and_a_plot_drawn(tmp_path: P
         ),
     ],
 )
-def test_bad_input_is_one_sentence_that_names_the_flag_and_what_there_is(arguments: tuple[str, ...], says: str) -> None:
+def test_bad_input_is_one_sentence_that_names_the_flag_and_what_there_is(
+    arguments: tuple[str, ...], says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RIDGEWALK_CACHE", str(tmp_path))
     defaults = {"--model": "qwen2.5-14b", "--hardware": "2xh200", "--requests": "8"}
     given = [item for flag, value in defaults.items() if flag not in arguments for item in (flag, value)]
     _, exception = invoke(*given, *arguments)

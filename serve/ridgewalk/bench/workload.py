@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 from ridgewalk.bench.profiles import Profile
 from ridgewalk.config import ConfigError
@@ -26,9 +27,21 @@ class RequestShape:
 
 def sample_requests(profile: Profile, count: int, seed: int) -> tuple[RequestShape, ...]:
     """``count`` requests of a profile; the same for the same seed."""
-    rng = random.Random(f"{profile.name}:{seed}")
-    prompts, outputs = profile.prompts.sample(count, rng), profile.outputs.sample(count, rng)
-    return tuple(RequestShape(prompt, output) for prompt, output in zip(prompts, outputs, strict=True))
+    return sample_lengths(profile.prompts, profile.outputs, count, random.Random(f"{profile.name}:{seed}"))
+
+
+class Lengths(Protocol):
+    """A distribution of lengths in tokens."""
+
+    def sample(self, count: int, rng: random.Random) -> list[int]:
+        """So many, in random order."""
+        ...
+
+
+def sample_lengths(prompts: Lengths, outputs: Lengths, count: int, rng: random.Random) -> tuple[RequestShape, ...]:
+    """``count`` requests whose outputs do not depend on their prompts."""
+    pairs = zip(prompts.sample(count, rng), outputs.sample(count, rng), strict=True)
+    return tuple(RequestShape(prompt, output) for prompt, output in pairs)
 
 
 def scaled(requests: Sequence[RequestShape], scale: float) -> tuple[RequestShape, ...]:

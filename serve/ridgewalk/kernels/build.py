@@ -13,6 +13,8 @@ import subprocess
 import tempfile
 from pathlib import Path
 
+from ridgewalk.machine import cache_folder, cpu_flags
+
 logger = logging.getLogger(__name__)
 
 FLAGS = (
@@ -43,11 +45,6 @@ def load_library() -> ctypes.CDLL | None:
     except (BuildError, OSError) as error:
         logger.warning("the C++ kernels are not available, torch's slower operations are used instead: %s", error)
         return None
-
-
-def cache_folder() -> Path:
-    """Where compiled kernels are kept: $RIDGEWALK_CACHE, else ~/.cache/ridgewalk."""
-    return Path(os.environ.get("RIDGEWALK_CACHE") or Path.home() / ".cache" / "ridgewalk")
 
 
 def build_library(folder: Path) -> Path:
@@ -98,16 +95,6 @@ def _key(compiler: str, sources: list[Path]) -> str:
     for source in [*sources, *sorted(Path(__file__).parent.glob("*.h"))]:
         digest.update(source.name.encode() + source.read_bytes())
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True).stdout
-    for part in (*FLAGS, version, platform.machine(), *_cpu_flags()):
+    for part in (*FLAGS, version, platform.machine(), *cpu_flags()):
         digest.update(part.encode())
     return digest.hexdigest()[:16]
-
-
-def _cpu_flags() -> list[str]:
-    """Instruction sets of this CPU: a home folder may be shared between different machines."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return [platform.processor()]
-    wanted = ("flags", "Features", "model name")
-    return [next((line for line in lines if line.startswith(name)), "") for name in wanted]

@@ -19,7 +19,7 @@ import psutil
 from ridgewalk.config import LONGEST_STREAM_S
 from ridgewalk.launch.deployment import ServiceError
 from ridgewalk.launch.haproxy import not_ready_reply, wrapper_script
-from ridgewalk.replica.host import num_cores
+from ridgewalk.machine import num_cores
 
 MARK = "RIDGEWALK_SERVICE"
 """Environment variable by which every process of a service is known, HAProxy included."""

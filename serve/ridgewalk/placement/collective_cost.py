@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ridgewalk.placement.hardware import HardwareSpec
+from ridgewalk.placement.hardware import HardwareSpec, Link
 
 
 def all_reduce_s(hardware: HardwareSpec, ranks: int, num_bytes: float) -> float:
@@ -21,7 +21,8 @@ def all_gather_s(hardware: HardwareSpec, ranks: int, num_bytes: float) -> float:
 
 def all_to_all_s(hardware: HardwareSpec, ranks: int, num_bytes: float) -> float:
     """``num_bytes`` is what a rank has for all; its own part stays."""
-    return _seconds(hardware, ranks, (ranks - 1) / ranks * num_bytes)
+    link = hardware.all_to_all if ranks <= hardware.devices_per_node else None
+    return _seconds(hardware, ranks, (ranks - 1) / ranks * num_bytes, link)
 
 
 def send_s(hardware: HardwareSpec, ranks_apart: int, num_bytes: float) -> float:
@@ -30,8 +31,9 @@ def send_s(hardware: HardwareSpec, ranks_apart: int, num_bytes: float) -> float:
     return link.latency_s + num_bytes / (link.bandwidth * hardware.link_efficiency)
 
 
-def _seconds(hardware: HardwareSpec, ranks: int, sent_bytes: float) -> float:
+def _seconds(hardware: HardwareSpec, ranks: int, sent_bytes: float, link: Link | None = None) -> float:
+    """Over ``link``, or over the one that joins so many."""
     if ranks == 1:
         return 0.0
-    link = hardware.link(ranks)
+    link = link or hardware.link(ranks)
     return link.latency_s + sent_bytes / (link.bandwidth * hardware.link_efficiency)

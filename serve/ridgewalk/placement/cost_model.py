@@ -9,12 +9,14 @@ hardware, none of a model.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 
 from ridgewalk.placement import parameters
 from ridgewalk.placement.collective_cost import all_gather_s, all_reduce_s, all_to_all_s, send_s
 from ridgewalk.placement.fp8_weights import kept_block
 from ridgewalk.placement.hardware import HardwareSpec
+from ridgewalk.placement.measured_curve import MeasuredCurve
 from ridgewalk.placement.mesh import Mesh
 from ridgewalk.placement.model_spec import ModelSpec
 from ridgewalk.placement.stages import stage_layers
@@ -78,6 +80,8 @@ class CostModel:
         self._attention_rate = hardware.flops[spec.dtype] * hardware.flops_efficiency
         self._bandwidth = hardware.memory_bandwidth * hardware.bandwidth_efficiency
         self._ep = mesh.dp * mesh.tp if mesh.expert_parallel else 1
+        self._products = _by_rows(hardware.product_shares.get(product_dtype, {}))
+        self._describe_attention()
         self._stages = self._describe_stages()
 
     @property
@@ -97,8 +101,8 @@ class CostModel:
         hardware, mesh = self.hardware, self.mesh
         tokens = max(group.num_tokens for group in groups)
         reading = stage.weight_bytes / self._bandwidth
-        flops = stage.flops_per_token * tokens + stage.head_flops * max(group.num_sequences for group in groups)
-        computing = flops / self._rate
+        computing = self._product_s(stage.flops_per_token, tokens)
+        computing += self._product_s(stage.head_flops, max(group.num_sequences for group in groups))
         weights, products = (reading, 0.0) if reading >= computing else (0.0, computing)
         if stage.num_sparse:
             reading, computing = self._expert_times(stage, sum(group.num_tokens for group in groups))
@@ -107,7 +111,7 @@ class CostModel:
             )
         attention = max(
             max(
-                group.kv_tokens * stage.kv_bytes / self._bandwidth,
+                group.kv_tokens * stage.kv_bytes / self._kv_bandwidth,
                 group.pairs * stage.pair_flops / self._attention_rate,
             )
             for group in groups
@@ -126,7 +130,8 @@ class CostModel:
         send = hardware.stage_overhead_s if mesh.pp > 1 else 0.0
         if not stage.is_last:
             send += send_s(hardware, mesh.dp * mesh.tp, hidden_bytes / mesh.tp)
-        launch = stage.num_layers * hardware.layer_overhead_s
+        values = tokens * self.spec.hidden_size
+        launch = stage.num_layers * (hardware.layer_overhead_s + values * hardware.value_overhead_s)
         return StepTime(weights, products, attention, all_reduce, dispatch, launch, send)
 
     def _expert_times(self, stage: _Stage, tokens: float) -> tuple[float, float]:
@@ -142,7 +147,25 @@ class CostModel:
         if self._ep > 1:
             rows += math.sqrt(2 * rows * math.log(self._ep))
         reading = stage.num_sparse * touched * stage.expert_bytes / self._bandwidth
-        return reading, stage.num_sparse * rows * stage.expert_flops / self._rate
+        alike = max(1.0, touched)  # products of as many rows each
+        return reading, stage.num_sparse * alike * self._product_s(stage.expert_flops, rows / alike)
+
+    def _product_s(self, flops_per_row: float, rows: float) -> float:
+        """Seconds of products of so many rows, at the rate that the hardware reaches with as many."""
+        if not rows:
+            return 0.0
+        return flops_per_row * (rows if self._products is None else self._products.at(rows)) / self._rate
+
+    def _describe_attention(self) -> None:
+        """Rates of attention, where the hardware has measured ones: that of reading KV depends on its reuse."""
+        spec, hardware, tp = self.spec, self.hardware, self.mesh.tp
+        self._kv_bandwidth = self._bandwidth
+        self._attention_rate = hardware.attention_flops.get(spec.dtype, self._attention_rate)
+        if spec.mla is not None:
+            self._attention_rate = hardware.latent_attention_flops.get(spec.dtype, self._attention_rate)
+        elif measured := hardware.attention_bandwidth.get(spec.dtype):
+            per_byte = MeasuredCurve.of({heads: 1 / rate for heads, rate in measured.items()})
+            self._kv_bandwidth = 1 / per_byte.at(spec.num_heads_per_rank(tp) / spec.num_kv_heads_per_rank(tp))
 
     def _describe_stages(self) -> list[_Stage]:
         spec, mesh = self.spec, self.mesh
@@ -182,3 +205,8 @@ class CostModel:
         """Scores and values of one query and key, all heads of a rank, one layer: as `ModelSpec.flops_per_token`."""
         heads, mla = self.spec.num_heads_per_rank(self.mesh.tp), self.spec.mla
         return heads * (2 * (mla.latent_dim + mla.kv_lora_rank) if mla else 4 * self.spec.head_dim)
+
+
+def _by_rows(shares: Mapping[int, float]) -> MeasuredCurve | None:
+    """Rows at full rate that take the time of so many; None where every product has the full rate."""
+    return MeasuredCurve.of({rows: rows / share for rows, share in shares.items()}) if shares else None

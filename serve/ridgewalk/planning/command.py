@@ -12,10 +12,15 @@ LOAD, CHOICE, OUTPUT = "Load", "Choice", "Output"
 
 def plan(
     model: Annotated[str, typer.Option(help="A shipped shape (llama-3.1-8b), a zoo name, a folder or a hub id.")],
-    hardware: Annotated[str, typer.Option(help="8xh200, 2x8xh200 (nodes x devices x kind), or a .yaml file.")],
+    hardware: Annotated[
+        str, typer.Option(help="8xh200, 2x8xh200 (nodes x devices x kind), this-machine, or a .yaml file.")
+    ],
     workload: Annotated[
         str,
-        typer.Option(rich_help_panel=LOAD, help="chat, reasoning, long-prompt, a .yaml of lengths, a .jsonl trace."),
+        typer.Option(
+            rich_help_panel=LOAD,
+            help="chat, reasoning, long-prompt, a .yaml of lengths, a .jsonl trace, a service's URL.",
+        ),
     ] = "reasoning",
     requests: Annotated[
         int | None,

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ridgewalk.bench.profiles import PROFILES, read_profile
 from ridgewalk.bench.trace_file import read_trace
-from ridgewalk.bench.workload import RequestShape, sample_requests
+from ridgewalk.bench.workload import RequestShape, sample_lengths, sample_requests
 from ridgewalk.config import ConfigError
 from ridgewalk.planning.simulator import Arrival
 
@@ -15,8 +15,13 @@ CLOSED_BATCH, OPEN_LOOP = 2000, 500
 """Requests, where nobody says how many."""
 
 
-def make_load(workload: str, requests: int | None, rate: float | None, seed: int) -> tuple[Arrival, ...]:
+def make_load(
+    workload: str, requests: int | None, rate: float | None, seed: int, model: str = ""
+) -> tuple[Arrival, ...]:
     """A closed batch, all at once, or with ``rate`` requests a second as a Poisson process.
+
+    The workload of a service (its URL) comes at the service's own rate if neither is stated. ``model`` is what is
+    planned for: a service of several knows it by that name.
 
     Raises:
         ConfigError: no such workload, or a number out of range; names the flag.
@@ -26,7 +31,16 @@ def make_load(workload: str, requests: int | None, rate: float | None, seed: int
     if rate is not None and not 0 < rate < float("inf"):
         raise ConfigError(f"--rate: {rate:g} is not a number of requests per second over 0")
     count = requests or (CLOSED_BATCH if rate is None else OPEN_LOOP)
-    shapes, times = _shapes(workload, requests, count, seed), random.Random(seed)
+    if workload.startswith(("http://", "https://")):
+        from ridgewalk.bench.service_load import measure_service  # an HTTP client, and the metrics
+
+        measured = measure_service(workload, model, with_rate=requests is None and rate is None)
+        rate = rate or measured.rate
+        count = requests or OPEN_LOOP
+        shapes = sample_lengths(measured.prompts, measured.outputs, count, random.Random(f"{workload}:{seed}"))
+    else:
+        shapes = _shapes(workload, requests, count, seed)
+    times = random.Random(seed)
     now, arrivals = 0.0, []
     for shape in shapes:
         if rate is not None:
@@ -46,6 +60,7 @@ def _shapes(workload: str, requests: int | None, count: int, seed: int) -> tuple
     if workload not in PROFILES:
         raise ConfigError(
             f"--workload: there is no workload {workload!r}; there are {', '.join(PROFILES)}, and the path of a "
-            "distribution (.yaml) or of a trace (.jsonl, a line as {'input_length': 90, 'output_length': 9})"
+            "distribution (.yaml) or of a trace (.jsonl, a line as {'input_length': 90, 'output_length': 9}), and a "
+            "service's URL"
         )
     return sample_requests(PROFILES[workload], count, seed)

@@ -13,7 +13,7 @@ from typing import Literal
 from ridgewalk.placement.memory import MemoryPlanError
 from ridgewalk.placement.mesh_fit import mesh_problem
 from ridgewalk.planning.shape import Placement
-from ridgewalk.planning.simulator import Outcome, Scene, memory_of, simulate
+from ridgewalk.planning.simulator import Outcome, Scene, memory_of, shared, simulate
 
 Objective = Literal["throughput", "goodput"]
 
@@ -83,7 +83,7 @@ def _problem(scene: Scene, placement: Placement) -> str:
         if problem:
             return problem
         try:
-            memory_of(scene, shape)
+            memory_of(shared(scene, placement), shape)
         except MemoryPlanError as error:
             return str(error)
     return ""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 from rich.table import Table
@@ -62,14 +62,17 @@ def as_account(candidate: Candidate, outcome: Outcome) -> Table:
     return table
 
 
-def as_configuration(placement: Placement, model: str, policy: Policy, max_model_len: int) -> str:
+def as_configuration(
+    placement: Placement, model: str, policy: Policy, max_model_len: int, device: Literal["cuda", "cpu"]
+) -> str:
     """YAML that `ridgewalk serve -c` takes."""
+    gpus = 1.0 if device == "cuda" else 0.0
     described = {
         "model": model,
         "max_model_len": max_model_len,
         "max_num_seqs": policy.max_num_seqs,
         "max_num_batched_tokens": policy.max_num_batched_tokens,
-        "placements": [{**_shape(shape), "gpus_per_rank": 1.0} for shape in placement.shapes],
+        "placements": [{**_shape(shape), "gpus_per_rank": gpus} for shape in placement.shapes],
     }
     return yaml.safe_dump({"models": [described]}, sort_keys=False)
 

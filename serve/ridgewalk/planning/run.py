@@ -47,8 +47,8 @@ def run_plan(
         raise ConfigError(f"--policy: there is no policy {policy!r}; there are {', '.join(POLICIES)}")
     goal, limits = _objective(objective, ttft, tpot)
     spec, served_name = _model(model)
-    devices = _hardware(hardware)
-    scene = Scene(spec, devices, POLICIES[policy], make_load(workload, requests, rate, seed))
+    devices = _hardware(hardware, spec)
+    scene = Scene(spec, devices, POLICIES[policy], make_load(workload, requests, rate, seed, served_name))
     if scene.max_model_len > spec.max_position_embeddings:
         raise ConfigError(
             f"--workload: {workload} has requests of up to {scene.max_model_len:,} tokens, and the context of {model} "
@@ -67,7 +67,8 @@ def run_plan(
     if as_json:
         typer.echo(json.dumps(as_data(ranked), indent=1))
     else:
-        when = "at once" if rate is None else f"at {rate:g} a second"
+        last_s = scene.arrivals[-1].time_s
+        when = f"at {rate or len(scene.arrivals) / last_s:.3g} a second" if last_s else "at once"
         title = f"{model} on {hardware}: {len(scene.arrivals)} requests of {workload} {when}, policy {policy}"
         console = Console(soft_wrap=True, width=None if sys.stdout.isatty() else 120)
         console.print(as_table(ranked, title))
@@ -122,16 +123,28 @@ def _model(model: str) -> tuple[ModelSpec, str]:
         raise ConfigError(f"--model: {error}") from None
 
 
-def _hardware(text: str) -> HardwareSpec:
+def _hardware(text: str, spec: ModelSpec) -> HardwareSpec:
     try:
-        return find_hardware(text)
+        hardware = find_hardware(text)
     except HardwareError as error:
         raise ConfigError(f"--hardware: {error}") from None
+    if spec.dtype not in hardware.flops:
+        raise ConfigError(
+            f"--hardware: {text} has no rate of products in {spec.dtype}, the model's dtype; it has them in "
+            f"{', '.join(sorted(hardware.flops))}"
+        )
+    return hardware
 
 
 def _placements(only: str | None, hardware: HardwareSpec, spec: ModelSpec) -> list[Placement]:
     if only is None:
-        return enumerate_placements(hardware.num_devices, hardware.devices_per_node, spec.moe is not None)
+        # Of a machine whose cores a rank can share out as threads, fewer ranks use all of it too.
+        counts = sorted({*hardware.by_ranks, hardware.num_devices}, reverse=True)
+        return [
+            placement
+            for count in counts
+            for placement in enumerate_placements(count, hardware.devices_per_node, spec.moe is not None)
+        ]
     named = {placement.name: placement for placement in (_parse("--only", name) for name in only.split(","))}
     return list(named.values())
 
@@ -156,7 +169,8 @@ def _emit(best: Candidate, model: str, scene: Scene, path: Path) -> None:
         return
     if Path(model).expanduser().is_dir():
         model = str(Path(model).expanduser().absolute())
+    device = scene.hardware.device
     try:
-        path.write_text(as_configuration(best.placement, model, scene.policy, scene.max_model_len))
+        path.write_text(as_configuration(best.placement, model, scene.policy, scene.max_model_len, device))
     except OSError as error:
         raise ConfigError(f"--emit: {path} cannot be written: {error.strerror}") from None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import median
 
 from ridgewalk.engine.scheduler_config import SchedulerConfig
@@ -84,15 +84,20 @@ class Scene:
         return max(arrival.output_length for arrival in self.arrivals)
 
 
+def shared(scene: Scene, placement: Placement) -> Scene:
+    """With the hardware as each rank of the placement has it."""
+    return replace(scene, hardware=scene.hardware.shared_by(placement.num_devices))
+
+
 def memory_of(scene: Scene, shape: Shape) -> MemoryPlan:
-    """Memory of a rank of a shape.
+    """Memory of a rank of a shape, on hardware that is `shared` already.
 
     Raises:
         MemoryPlanError: it does not fit.
     """
-    budget = int(scene.hardware.memory_bytes * scene.policy.memory_share)
+    budget = scene.hardware.rank_budget(scene.policy.memory_share)
     source = BudgetSource(
-        f"{scene.policy.memory_share:g} of a device's {scene.hardware.memory_bytes / 2**30:.1f} GiB gives",
+        f"{budget / scene.hardware.memory_bytes:.2g} of a rank's {scene.hardware.memory_bytes / 2**30:.1f} GiB gives",
         "more devices or fewer replicas are needed",
     )
     return plan_memory(
@@ -115,6 +120,8 @@ def simulate(scene: Scene, placement: Placement) -> Outcome:
     Raises:
         MemoryPlanError: a shape does not fit.
     """
+    scene = shared(scene, placement)
+    overlaps = scene.policy.host_overlaps and not scene.hardware.host_shares_cores
     replicas: list[ReplicaSimulation] = []
     weights: list[int] = []  # KV capacity: a replica that holds more is given more
     for shape in placement.shapes:
@@ -122,7 +129,7 @@ def simulate(scene: Scene, placement: Placement) -> Outcome:
         cost = CostModel(scene.spec, shape.mesh, scene.hardware)
         config = _scheduler_config(scene, shape, memory)
         for _ in range(shape.replicas):
-            replicas.append(ReplicaSimulation(config, cost, scene.max_output_length, scene.policy.host_overlaps))
+            replicas.append(ReplicaSimulation(config, cost, scene.max_output_length, overlaps))
             weights.append(memory.kv_tokens * shape.mesh.dp)
     for seq_id, arrival in enumerate(scene.arrivals):
         for replica in replicas:

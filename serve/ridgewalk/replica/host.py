@@ -1,4 +1,4 @@
-"""What this host has: memory, cores, an address, a free port."""
+"""What this host has: memory, an address, a free port."""
 
 from __future__ import annotations
 
@@ -18,11 +18,6 @@ def memory_bytes() -> int:
         if text.isdigit():
             total = min(total, int(text))
     return total
-
-
-def num_cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
 
 
 def free_port(address: str = "") -> int:

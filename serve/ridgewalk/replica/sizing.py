@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from ridgewalk.machine import num_cores
 from ridgewalk.placement.memory import GIB, STATED, BudgetSource, MemoryPlan, MemoryPlanError, plan_memory
 from ridgewalk.placement.model_spec import ModelSpec
 from ridgewalk.replica.engine_config import EngineConfig
-from ridgewalk.replica.host import num_cores
 
 CPU_SHARE = 0.5
 """Of a host's memory, for all ranks on it together: the rest is the operating system's, Ray's and the page cache's."""

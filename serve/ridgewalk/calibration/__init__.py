@@ -1,0 +1,1 @@
+"""Measuring a machine: what its ranks reach with the kernels and the transport that they serve with."""

@@ -1,0 +1,42 @@
+"""What the collectives between the ranks of this machine cost, over the transport that the engine chooses here."""
+
+from __future__ import annotations
+
+import torch
+
+from ridgewalk.calibration.figures import CollectiveRates
+from ridgewalk.calibration.stopwatch import Stopwatch
+from ridgewalk.parallel.communicator import Communicator
+
+WIDTH = 512
+FEW_ROWS, MANY_ROWS = 2, 512
+"""BF16 rows of `WIDTH` in an exchange: 2 KiB and 512 KiB."""
+
+CALLS = 64
+"""In a row, as a sample."""
+
+
+def measure_collectives(ranks: Communicator, stopwatch: Stopwatch) -> CollectiveRates | None:
+    """Latency: seconds of an exchange of few rows; bandwidth: what many rows take beyond it. None without peers."""
+    if ranks.size == 1:
+        return None
+    reduced = [_all_reduce_s(ranks, stopwatch, rows) for rows in (FEW_ROWS, MANY_ROWS)]
+    exchanged = [_all_to_all_s(ranks, stopwatch, rows) for rows in (FEW_ROWS, MANY_ROWS)]
+    beyond, share = 2 * WIDTH * (MANY_ROWS - FEW_ROWS), (ranks.size - 1) / ranks.size
+    return CollectiveRates(
+        all_reduce_latency_s=reduced[0],
+        all_reduce_bandwidth=2 * share * beyond / max(1e-9, reduced[1] - reduced[0]),
+        all_to_all_latency_s=exchanged[0],
+        all_to_all_bandwidth=share * beyond / max(1e-9, exchanged[1] - exchanged[0]),
+    )
+
+
+def _all_reduce_s(ranks: Communicator, stopwatch: Stopwatch, rows: int) -> float:
+    values = torch.zeros(rows, WIDTH, dtype=torch.bfloat16)
+    return stopwatch.seconds_together(lambda: ranks.all_reduce(values), CALLS)
+
+
+def _all_to_all_s(ranks: Communicator, stopwatch: Stopwatch, rows: int) -> float:
+    values = torch.zeros(rows, WIDTH, dtype=torch.bfloat16)
+    counts = torch.tensor([rows * (rank + 1) // ranks.size - rows * rank // ranks.size for rank in range(ranks.size)])
+    return stopwatch.seconds_together(lambda: ranks.all_to_all(values, counts, "dispatch"), CALLS)

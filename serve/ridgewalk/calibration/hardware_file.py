@@ -1,0 +1,157 @@
+"""From figures to the hardware file: every constant with how it was measured beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from statistics import fmean
+from typing import Any
+
+import msgspec
+
+from ridgewalk.calibration import collective_probes, engine_probe, kernel_probes
+from ridgewalk.calibration.figures import CollectiveRates, Overheads, RankFigures
+from ridgewalk.placement.hardware import HardwareSpec, Link, RankRates
+
+NO_OVERHEADS = Overheads(0.0, 0.0, 0.0)
+
+HOW: Mapping[str, str] = {
+    "devices_per_node": "cores; each is a device, and a rank alone on the machine has them all as threads",
+    "memory_bytes": "bytes; the machine's, divided by its cores",
+    "memory_bandwidth": "bytes/s of weights that one rank reads while all do: products of one row, whose "
+    f"{kernel_probes.COLD_BYTES >> 20} MiB of weights no cache holds",
+    "flops": f"FLOP/s of one rank by dtype, while all compute: {kernel_probes.SIDE} x {kernel_probes.SIDE} weights "
+    "times the number of rows that is fastest",
+    "product_shares": "of flops, reached with so many rows; weights are read from memory each time",
+    "attention_bandwidth": "bytes/s of KV that one rank reads in decode, while all do, by query heads per KV head: "
+    f"{kernel_probes.SEQUENCES} sequences of {kernel_probes.CONTEXT} tokens, {kernel_probes.KV_HEADS} KV heads of "
+    f"{kernel_probes.HEAD_DIM}",
+    "attention_flops": f"FLOP/s of attention of {kernel_probes.PROMPTS} prompts of {kernel_probes.PROMPT} tokens",
+    "latent_attention_flops": f"FLOP/s of decode over latents: {kernel_probes.LATENT_HEADS} heads, "
+    f"{kernel_probes.SEQUENCES} sequences of {kernel_probes.CONTEXT} tokens, {kernel_probes.LATENT_DIM} wide",
+    "within_node": f"seconds, bytes/s of an all-reduce among all ranks: of {2 * collective_probes.FEW_ROWS} KiB, and "
+    f"what {collective_probes.MANY_ROWS} KiB take beyond it, counted as 2 (n - 1) / n of them",
+    "all_to_all": "the same of an all-to-all in equal parts, counted as (n - 1) / n",
+    "bandwidth_efficiency": "rates above are those reached",
+    "flops_efficiency": "likewise",
+    "link_efficiency": "likewise",
+    "stage_overhead_s": "seconds; as an exchange of few bytes, for stages hand over through the same memory",
+    "value_overhead_s": "seconds of a layer for each value of a token's hidden state: two norms, rotation, activation, "
+    f"of {kernel_probes.TOKENS} tokens of {kernel_probes.SIDE}",
+    "layer_overhead_s": "seconds of a layer in a step; this and the next two are what decode steps of small models "
+    f"({engine_probe.PROMPT} prompt tokens, hidden {engine_probe.HIDDEN}) take beyond all of the above, with scheduler "
+    "and ranks in processes of their own",
+    "step_overhead_s": "seconds of a step",
+    "sequence_overhead_s": f"seconds of each sequence of a step, sampling from {engine_probe.VOCABULARY:,} included",
+    "host_shares_cores": "scheduler and ranks have the same cores",
+    "memory_share": "of the memory, for all ranks: what `ridgewalk serve` takes by default",
+    "process_bytes": "bytes of a rank's process before it holds anything of a model",
+    "by_ranks": "the same for a rank while so many have the machine, and share out its cores as threads",
+}
+"""How each constant was measured, in the order of the file."""
+
+
+def rank_rates(figures: Sequence[RankFigures], overheads: Overheads) -> RankRates:
+    """Of one rank of a team: the mean over its ranks."""
+    dtypes = {
+        dtype: [rank.kernels[dtype] for rank in figures] for dtype in figures[0].kernels
+    }  # fmt: skip
+    by_rows = {
+        dtype: {rows: fmean(rank.product_flops[rows] for rank in ranks) for rows in ranks[0].product_flops}
+        for dtype, ranks in dtypes.items()
+    }
+    return RankRates(
+        memory_bandwidth=max(fmean(rank.weight_bandwidth for rank in ranks) for ranks in dtypes.values()),
+        flops={dtype: max(rates.values()) for dtype, rates in by_rows.items()},
+        product_shares={
+            dtype: {rows: rate / max(rates.values()) for rows, rate in rates.items()}
+            for dtype, rates in by_rows.items()
+        },
+        attention_bandwidth={
+            dtype: {
+                heads: fmean(rank.attention_bandwidth[heads] for rank in ranks)
+                for heads in ranks[0].attention_bandwidth
+            }
+            for dtype, ranks in dtypes.items()
+        },
+        attention_flops={dtype: fmean(rank.attention_flops for rank in ranks) for dtype, ranks in dtypes.items()},
+        latent_attention_flops={
+            dtype: fmean(rank.latent_attention_flops for rank in ranks) for dtype, ranks in dtypes.items()
+        },
+        layer_overhead_s=overheads.layer_s,
+        value_overhead_s=fmean(rank.value_s for ranks in dtypes.values() for rank in ranks),
+        step_overhead_s=overheads.step_s,
+        sequence_overhead_s=overheads.sequence_s,
+    )
+
+
+def hardware_spec(
+    about: str,
+    memory_bytes: int,
+    memory_share: float,
+    process_bytes: int,
+    rates: Mapping[int, RankRates],
+    collectives: Sequence[CollectiveRates],
+) -> HardwareSpec:
+    """The machine: as many devices as the greatest number of ranks, whose rates are its own."""
+    most = max(rates)
+    link = exchange = None
+    if collectives:
+        link = Link(
+            fmean(each.all_reduce_latency_s for each in collectives),
+            fmean(each.all_reduce_bandwidth for each in collectives),
+        )
+        exchange = Link(
+            fmean(each.all_to_all_latency_s for each in collectives),
+            fmean(each.all_to_all_bandwidth for each in collectives),
+        )
+    return HardwareSpec(
+        about=about,
+        devices_per_node=most,
+        memory_bytes=memory_bytes / most,
+        within_node=link,
+        all_to_all=exchange,
+        bandwidth_efficiency=1.0,
+        flops_efficiency=1.0,
+        link_efficiency=1.0,
+        stage_overhead_s=link.latency_s if link else 0.0,
+        device="cpu",
+        host_shares_cores=True,
+        memory_share=memory_share,
+        process_bytes=process_bytes,
+        by_ranks={count: each for count, each in rates.items() if count < most},
+        **msgspec.structs.asdict(rates[most]),
+    )
+
+
+def as_yaml(hardware: HardwareSpec, note: str) -> str:
+    """The file, with a comment on every constant; ``note`` is its first line."""
+    fields = msgspec.to_builtins(hardware)
+    lines = [f"# {note}", f"about: {_scalar(fields['about'])}", "device: cpu"]
+    for name, how in HOW.items():
+        lines += _entry(name, fields[name], how)
+    return "\n".join(lines) + "\n"
+
+
+def _entry(name: str, value: Any, how: str) -> list[str]:
+    lines = [f"# {how}"]
+    if name != "by_ranks" or not value:
+        return [*lines, f"{name}: {_scalar(value)}"]
+    lines.append("by_ranks:")
+    for count, rates in value.items():
+        lines.append(f"  {count}:")
+        lines += [f"    {field}: {_scalar(each)}" for field, each in rates.items()]
+    return lines
+
+
+def _scalar(value: Any) -> str:
+    """In YAML's flow style; figures to four digits. An exponent has its sign and a point: YAML 1.1 wants both."""
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{key}: {_scalar(each)}" for key, each in value.items()) + "}"
+    if isinstance(value, float):
+        mantissa, exponent = f"{value:.4g}".partition("e")[::2]
+        return f"{mantissa}{'' if '.' in mantissa else '.0'}{'e' * bool(exponent)}{exponent}"
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    return str(value) if isinstance(value, int) else msgspec.json.encode(value).decode()

@@ -1,0 +1,80 @@
+"""The file that a calibration writes: it says what was measured, and reads as hardware."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import msgspec
+import pytest
+import yaml
+
+from ridgewalk.calibration.figures import CollectiveRates, KernelRates, Overheads, RankFigures
+from ridgewalk.calibration.hardware_file import HOW, as_yaml, hardware_spec, rank_rates
+from ridgewalk.placement.hardware import HardwareSpec, find_hardware
+
+OVERHEADS = Overheads(step_s=1e-3, sequence_s=2e-6, layer_s=3e-5)
+
+
+def figures(factor: float = 1.0, alone: bool = True) -> RankFigures:
+    rates = KernelRates(
+        weight_bandwidth=16e9 * factor,
+        product_flops={1: 16e9 * factor, 8: 40e9 * factor, 64: 50e9 * factor},
+        attention_bandwidth={1: 8e9 * factor, 4: 4e9 * factor},
+        attention_flops=25e9 * factor,
+        latent_attention_flops=30e9 * factor,
+        value_s=1e-8 / factor,
+    )
+    return RankFigures({"bfloat16": rates, "float32": rates}, None if alone else CollectiveRates(4e-6, 3e9, 1e-5, 7e9))
+
+
+def machine() -> HardwareSpec:
+    teams = {1: [figures(2.0)], 2: [figures(0.9, alone=False), figures(1.1, alone=False)]}
+    rates = {count: rank_rates(ranks, OVERHEADS) for count, ranks in teams.items()}
+    collectives = [rank.collectives for rank in teams[2] if rank.collectives is not None]
+    return hardware_spec('a CPU with "quotes": 2 cores', 24 * 2**30, 0.5, 2**28, rates, collectives)
+
+
+def test_the_file_says_what_was_measured_to_four_digits(tmp_path: Path) -> None:
+    path, spec = tmp_path / "own.yaml", machine()
+    path.write_text(as_yaml(spec, "Measured today."))
+    read = find_hardware(str(path))
+    assert close(read, spec)
+    assert path.read_text().startswith("# Measured today.\n")
+
+
+def close(one: object, other: object) -> bool:
+    """Whether two trees of values are equal but for rounding."""
+    if isinstance(one, msgspec.Struct):
+        return close(msgspec.to_builtins(one), msgspec.to_builtins(other))
+    if isinstance(one, dict):
+        return (
+            isinstance(other, dict) and one.keys() == other.keys() and all(close(one[key], other[key]) for key in one)
+        )
+    return one == other if isinstance(one, str | bool | None) else one == pytest.approx(other, rel=1e-3)
+
+
+def test_every_constant_has_a_comment_on_how_it_was_measured() -> None:
+    text = as_yaml(machine(), "note")
+    lines = text.splitlines()
+    for name in yaml.safe_load(text):
+        if name not in ("about", "device"):
+            above = lines[next(at for at, line in enumerate(lines) if line.startswith(f"{name}:")) - 1]
+            assert above == f"# {HOW[name]}"
+
+
+def test_a_rank_alone_has_the_whole_machine() -> None:
+    spec = machine()
+    alone = spec.shared_by(1)
+    assert spec.num_devices == 2
+    assert spec.memory_bandwidth == pytest.approx(16e9)  # the mean of its two ranks
+    assert alone.memory_bandwidth == pytest.approx(32e9)
+    assert alone.memory_bytes == 2 * spec.memory_bytes == 24 * 2**30
+    assert alone.flops["bfloat16"] == 2 * spec.flops["bfloat16"]
+    assert spec.shared_by(2) == spec.shared_by(7) == spec
+    assert alone.rank_budget(0.9) == 12 * 2**30 - 2**28  # what `serve` takes, not the policy's share
+
+
+def test_a_machine_of_one_core_has_no_links() -> None:
+    spec = hardware_spec("one core", 2**30, 0.5, 2**28, {1: rank_rates([figures()], OVERHEADS)}, [])
+    assert spec.within_node is None
+    assert spec.num_devices == 1
