@@ -8,7 +8,7 @@ RAY = "ray"
 """All tests that start a Ray cluster: one after the other, for each wants the whole machine at times."""
 
 
-@pytest.hookimpl(trylast=True)
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Files stay whole, for the sake of their fixtures. What takes longest comes first, so that no worker is left alone
     with it at the end.

@@ -10,8 +10,8 @@ import msgspec
 import pytest
 
 from ridgewalk.metrics.ingress_metrics import IngressMetrics
-from ridgewalk.replica.peer_metrics import PeerServer, ReplicaMetrics
-from ridgewalk.replica.protocol import Introduction
+from ridgewalk.replica.peer_metrics import PeerServer
+from ridgewalk.replica.protocol import Introduction, ReplicaMetrics
 from ridgewalk.replica.router_registry import register
 from ridgewalk.replica.service_backend import ServiceBackend
 from tests.metrics.builders import make_metrics, make_stats, value

@@ -14,7 +14,7 @@ from monitoring.prometheus_rule import MANIFEST, manifest_text
 from tests.monitoring.queries import readable, rules
 
 FOLDER = Path(__file__).parents[2] / "monitoring" / "prometheus"
-CASES = FOLDER / "tests" / "alerts.test.yml"
+CASES = sorted((FOLDER / "tests").glob("*.test.yml"))
 needs_promtool = pytest.mark.skipif(shutil.which("promtool") is None, reason="promtool is not installed")
 
 
@@ -29,16 +29,29 @@ def test_promtool_takes_the_configuration_and_its_rules() -> None:
 
 
 @needs_promtool
-def test_alerts_fire_when_they_should_and_only_then() -> None:
-    promtool("test", "rules", str(CASES))
+@pytest.mark.parametrize("cases", CASES, ids=lambda path: path.stem)
+def test_rules_give_what_was_worked_out_by_hand(cases: Path) -> None:
+    promtool("test", "rules", str(cases))
+
+
+def test_every_recording_rule_has_a_case() -> None:
+    tested = {
+        match
+        for path in CASES
+        for case in yaml.safe_load(path.read_text())["tests"]
+        for expected in case["promql_expr_test"]
+        for match in re.findall(r"ridgewalk:[\w:]+", expected["expr"])
+    }
+    assert tested == {rule["record"] for rule in rules() if "record" in rule}
 
 
 def test_every_alert_has_a_case_that_fires_and_one_that_does_not() -> None:
     fires: dict[str, set[bool]] = {}
-    for case in yaml.safe_load(CASES.read_text())["tests"]:
+    for case in (case for path in CASES for case in yaml.safe_load(path.read_text())["tests"]):
         for expected in case["promql_expr_test"]:
             name = re.search(r'alertname="(\w+)"', expected["expr"])
-            assert name is not None
+            if name is None:
+                continue
             fires.setdefault(name[1], set()).add(bool(expected["exp_samples"]))
     assert fires == {rule["alert"]: {True, False} for rule in rules() if "alert" in rule}
 

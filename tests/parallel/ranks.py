@@ -55,7 +55,8 @@ def run_ranks(work: Work, mesh: Mesh, folder: Path, shared: bool) -> dict[int, o
     """Results of ``work`` by rank; a rank that dies has none, one that raises has the error's text."""
     if shared:
         load_library()  # compiles it, if need be, outside the time that ranks have
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])  # torch is imported once for all
     results = context.Queue()
     init = f"file://{folder}/meet-{os.urandom(4).hex()}"
     ranks = range(mesh.world_size)

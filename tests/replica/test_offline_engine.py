@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import select
 import signal
 import time
 from pathlib import Path
@@ -18,6 +19,7 @@ from ridgewalk.engine.sampling import SamplingParams
 from ridgewalk.placement.memory import MemoryPlanError
 from ridgewalk.replica.engine_config import EngineConfig
 from ridgewalk.replica.offline import OfflineEngine
+from ridgewalk.replica.rank_protocol import RankLaunch
 from ridgewalk.replica.spawned_ranks import SpawnedRanks
 from ridgewalk.replica.zmq_executor import ZmqExecutor
 from tests.model.checkpoints import make_checkpoint
@@ -118,6 +120,30 @@ def test_death_of_a_rank_is_seen_and_ends_the_others(reference: tuple[Path, torc
     for pid in pids:
         with pytest.raises(ProcessLookupError):
             os.kill(pid, 0)
+
+
+@pytest.mark.parametrize("token", [-1, 10**6])
+def test_a_token_that_does_not_exist_is_refused(reference: tuple[Path, torch.nn.Module], token: int) -> None:
+    with (
+        OfflineEngine(engine_config(reference[0])) as engine,
+        pytest.raises(ValueError, match="prompt 1 has token ids"),
+    ):
+        engine.generate([[1], [2, token]], SamplingParams(max_tokens=2))
+
+
+def test_ranks_end_with_their_owner(reference: tuple[Path, torch.nn.Module]) -> None:
+    ranks = SpawnedRanks()
+    config = engine_config(reference[0], 2)
+    ranks.start([RankLaunch(config, rank, "tcp://127.0.0.1:9", b"nobody answers") for rank in range(2)])
+    descriptors = [os.pidfd_open(pid) for pid in ranks.pids]
+    assert ranks._server is not None
+    assert ranks._server.stdin is not None
+    ranks._server.stdin.close()  # as the kernel does it for an owner that was killed
+    for descriptor in descriptors:
+        assert select.select([descriptor], [], [], 60)[0]
+        os.close(descriptor)
+    ranks._server.wait()
+    assert ranks.ended() is not None
 
 
 def test_a_broken_checkpoint_names_its_tensor(reference: tuple[Path, torch.nn.Module], tmp_path: Path) -> None:

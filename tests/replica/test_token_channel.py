@@ -46,6 +46,9 @@ class Recorder:
     def on_stats(self, stats: EngineStats) -> None:
         self.stats = stats
 
+    def snapshot(self) -> bytes:
+        return f"{len(self.ended)} ended".encode()
+
 
 class GatedExecutor(FakeExecutor):
     """Runs a step only when let; can die."""
@@ -332,6 +335,27 @@ async def test_frames_with_another_secret_or_epoch_are_ignored(connect: Connect)
     assert link.load is load
     await request.aclose()
     request._driver.cancel()
+
+
+async def test_metrics_come_over_the_channel_between_the_tokens(connect: Connect) -> None:
+    pool, (replica,) = await connect()
+    request = stream(pool, [[1, 2]], 8)
+    answers = await asyncio.gather(*(pool.links[0].ask_metrics() for _ in range(3)))
+    assert await collect(request, 1) == ([expected([1, 2], 8)], ["length"])
+    answers.append(await pool.links[0].ask_metrics())
+    assert answers[-1] is not None
+    assert answers[-1].snapshot == b"1 ended"
+    assert all(answer is not None and answer.ingresses == replica.loop.metrics().ingresses for answer in answers)
+
+
+async def test_who_asks_for_metrics_is_told_when_the_link_is_lost(connect: Connect) -> None:
+    pool, (replica,) = await connect()
+    replica.loop.stop()
+    asked = asyncio.create_task(pool.links[0].ask_metrics())
+    await asyncio.sleep(0)
+    pool.links[0].close()
+    assert await asked is None
+    assert await pool.links[0].ask_metrics() is None
 
 
 async def test_a_silent_ingress_loses_its_requests(connect: Connect, monkeypatch: pytest.MonkeyPatch) -> None:

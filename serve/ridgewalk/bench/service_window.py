@@ -85,7 +85,8 @@ def service_figures(
 
     Counters are taken between the last scrape before the window and the first `SETTLED_S` after it: the service is idle
     outside of the window, so that they have grown by the load alone; those within tell of counters that started anew.
-    Gauges are taken of the scrapes within. Scrapes that lack a process are left out: its counters would seem to begin at 0.
+    Gauges are taken of the scrapes within. Scrapes that lack a process are left out: its counters would seem to begin
+    at 0.
 
     Args:
         samples: in the order of time.

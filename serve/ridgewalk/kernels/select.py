@@ -9,7 +9,6 @@ import torch
 from ridgewalk.kernels.block_scales import block_linear
 from ridgewalk.kernels.cpu_kernels import CpuKernels
 from ridgewalk.kernels.cuda_fp8 import probe_fp8_linear
-from ridgewalk.kernels.cuda_kernels import probe_varlen
 from ridgewalk.kernels.kernel_set import HeadLayout, KernelSet
 from ridgewalk.kernels.torch_kernels import TorchKernels
 
@@ -38,5 +37,8 @@ def select_kernels(
         fp8_linear = block_linear if fp8_block is None else probe_fp8_linear(fp8_block, dtype, device)
         if heads is None:
             return TorchKernels(fp8_linear)
+        # Here, for what it imports of torch brings torch's compiler: over a second of every CPU rank's start.
+        from ridgewalk.kernels.cuda_kernels import probe_varlen
+
         return probe_varlen(heads, dtype, block_size, device, fp8_linear)
     return TorchKernels() if library is None else CpuKernels(library, num_threads)

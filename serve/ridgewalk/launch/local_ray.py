@@ -87,6 +87,9 @@ def prepare_environment() -> Surroundings:
             "RAY_SERVE_METRICS_EXPORT_INTERVAL_MS": "5000",
             "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",  # by default 5: too short where ranks load on every core
             "RAY_metrics_report_interval_ms": "60000",
+            # By default 15, for batch jobs: ingresses would wait for every other process of the machine. Ranks that
+            # compute on the cores step back by themselves (`rank_process.CPU_RANK_NICENESS`).
+            "RAY_worker_niceness": "0",
             # Despite its name, on every system: Ray then takes the loopback address for the node's, and every process,
             # our own channels too, listens there only; so does Serve, told so (`haproxy.SERVE_HOST`), and HAProxy but
             # for its door for clients. Not so one gRPC port of each Serve replica, for calls of other replicas: it is

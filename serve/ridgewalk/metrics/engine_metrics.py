@@ -41,7 +41,8 @@ _TOTALS = (
 class EngineMetrics(Collector):
     """Implements `replica.engine_loop.StepRecorder`: recorded on the engine's thread, read from any other.
 
-    ``replica`` is Serve's rank of the replica. ``clock`` is any monotonic seconds.
+    ``replica`` is Serve's rank of the replica, ``current_rank`` gives the one that it has now. ``clock`` is any
+    monotonic seconds.
     """
 
     def __init__(
@@ -52,8 +53,11 @@ class EngineMetrics(Collector):
         peaks: HardwarePeaks = HardwarePeaks(),  # noqa: B008 (frozen)
         clock: Callable[[], float] = time.monotonic,
         keeps_fp8: bool = False,
+        current_rank: Callable[[], str] | None = None,
     ) -> None:
         self._config = config
+        self._replica = replica
+        self._current_rank = current_rank or (lambda: replica)
         self._constant = constant = (config.model_name, config.placement, replica)
         self._peaks = peaks
         self._clock = clock
@@ -111,14 +115,12 @@ class EngineMetrics(Collector):
 
     # -- on any thread ----------------------------------------------------------------------------------------------
 
-    def snapshot(self, replica: str | None = None) -> bytes:
-        """Everything recorded, encoded for `exposition.merge`. ``replica``: the rank now, where it may have changed."""
+    def snapshot(self) -> bytes:
+        """Everything recorded, encoded for `exposition.merge`."""
         with self._lock:
             state = self._state.read(self._clock(), self._utilization.trapped)
-        snapshot = take_snapshot(self.registry, state)
-        if replica is not None and replica != self._constant[-1]:
-            snapshot = relabeled(snapshot, "replica", replica)
-        return encode(snapshot)
+        snapshot, rank = take_snapshot(self.registry, state), self._current_rank()
+        return encode(snapshot if rank == self._replica else relabeled(snapshot, "replica", rank))
 
     def collect(self) -> Iterator[Metric]:
         """The metrics now, for the registry."""

@@ -10,7 +10,18 @@ from typing import TypeVar
 import msgspec
 import zmq
 
-from ridgewalk.replica.protocol import Attach, Finish, Frame, Introduction, LoadReport, Resend, TokenChunk, ToReplica
+from ridgewalk.replica.protocol import (
+    Attach,
+    Finish,
+    Frame,
+    Introduction,
+    LoadReport,
+    MetricsQuery,
+    ReplicaMetrics,
+    Resend,
+    TokenChunk,
+    ToReplica,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -66,9 +77,9 @@ class ChannelServer:
         """Accept an ingress; it came through Ray, so it is one of ours."""
         self._ingresses[introduction.ingress_id] = _Ingress(introduction, now)
 
-    def receive(self, now: float) -> list[tuple[str, Finish | Resend]]:
+    def receive(self, now: float) -> list[tuple[str, Finish | Resend | MetricsQuery]]:
         """What attached ingresses ask for, with their ids. Never waits."""
-        requests: list[tuple[str, Finish | Resend]] = []
+        requests: list[tuple[str, Finish | Resend | MetricsQuery]] = []
         while True:
             try:
                 frames = self.socket.recv_multipart(zmq.NOBLOCK)
@@ -78,12 +89,14 @@ class ChannelServer:
             if message is not None:
                 self._take(frames[0], message, now, requests)
 
-    def send(self, ingress_id: str, chunks: list[TokenChunk], load: LoadReport) -> None:
+    def send(
+        self, ingress_id: str, chunks: list[TokenChunk], load: LoadReport, metrics: ReplicaMetrics | None = None
+    ) -> None:
         """One frame, or none if the ingress cannot take it now: it notices the gap and asks again."""
         ingress = self._ingresses.get(ingress_id)
         if ingress is None or ingress.routing_id is None:
             return
-        frame = Frame(self.epoch, ingress.introduction.secret, chunks, load)
+        frame = Frame(self.epoch, ingress.introduction.secret, chunks, load, metrics)
         try:
             self.socket.send_multipart([ingress.routing_id, self._encoder.encode(frame)], zmq.NOBLOCK)
         except zmq.Again:
@@ -120,7 +133,11 @@ class ChannelServer:
         self.socket.close()
 
     def _take(
-        self, routing_id: bytes, message: ToReplica, now: float, requests: list[tuple[str, Finish | Resend]]
+        self,
+        routing_id: bytes,
+        message: ToReplica,
+        now: float,
+        requests: list[tuple[str, Finish | Resend | MetricsQuery]],
     ) -> None:
         if isinstance(message, Attach):
             ingress = self._ingresses.get(message.ingress_id)

@@ -31,6 +31,8 @@ from ridgewalk.replica.protocol import (
     GroupLoad,
     Introduction,
     LoadReport,
+    MetricsQuery,
+    ReplicaMetrics,
     ReplyStatus,
     SequenceEnd,
     SequenceSpec,
@@ -64,6 +66,10 @@ class StepRecorder(Protocol):
 
     def on_stats(self, stats: EngineStats) -> None:
         """The engine's state now."""
+        ...
+
+    def snapshot(self) -> bytes:
+        """All that was recorded, for a scrape."""
         ...
 
 
@@ -131,9 +137,9 @@ class EngineLoop:
         """Let an ingress attach to the channel."""
         self._commands.put(introduction)
 
-    def ingresses(self) -> list[Introduction]:
-        """Ingresses attached now."""
-        return self._channel.introductions()
+    def metrics(self) -> ReplicaMetrics:
+        """What a scrape reads, for an ingress that is not attached."""
+        return self._metrics(0)
 
     def problem(self) -> str | None:
         """A sentence when the replica should be replaced, else None."""
@@ -240,6 +246,9 @@ class EngineLoop:
 
     def _take_channel(self, now: float) -> None:
         for ingress_id, message in self._channel.receive(now):
+            if isinstance(message, MetricsQuery):
+                self._channel.send(ingress_id, [], self._load(), self._metrics(message.number))
+                continue
             record = self._ledger.get(message.request_id)
             if record is None:
                 if isinstance(message, Finish) and message.index == -1:
@@ -339,6 +348,9 @@ class EngineLoop:
         load = self._load()
         for ingress_id in self._channel.ingress_ids():
             self._channel.send(ingress_id, [], load)
+
+    def _metrics(self, number: int) -> ReplicaMetrics:
+        return ReplicaMetrics(self._recorder.snapshot(), self._channel.introductions(), number)
 
     def _load(self) -> LoadReport:
         scheduler = self._core.scheduler

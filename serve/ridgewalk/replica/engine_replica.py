@@ -18,7 +18,6 @@ from ridgewalk.placement.model_spec import ModelSpec
 from ridgewalk.replica.engine_config import EngineConfig, describe_expert_balance, describe_mesh
 from ridgewalk.replica.engine_loop import EngineLoop
 from ridgewalk.replica.expert_load_recorder import make_expert_load_recorder
-from ridgewalk.replica.peer_metrics import ReplicaMetrics
 from ridgewalk.replica.protocol import ChannelAddress, GenerateCall, GenerateReply, Introduction, ReplyStatus
 from ridgewalk.replica.ray_ranks import RayRanks
 from ridgewalk.replica.serve_rank import serve_rank
@@ -48,7 +47,9 @@ class EngineReplica:
             plan.kv_tokens, plan.weight_bytes / 2**20, describe_expert_balance(config),
         )  # fmt: skip
         peaks = HardwarePeaks(config.peak_flops_per_rank, config.peak_bandwidth_per_rank)
-        self._metrics = EngineMetrics(config, serve_rank(), spec, peaks, keeps_fp8=plan.keeps_fp8)
+        self._metrics = EngineMetrics(
+            config, serve_rank(), spec, peaks, keeps_fp8=plan.keeps_fp8, current_rank=serve_rank
+        )
         self._loop = EngineLoop(
             config.scheduler_config(executor.num_blocks),
             executor,
@@ -83,10 +84,10 @@ class EngineReplica:
         return msgspec.msgpack.encode(ChannelAddress(self._loop.endpoint, self._loop.epoch))
 
     async def metrics(self, replica_id: str) -> bytes | None:
-        """This replica's `ReplicaMetrics`, or None if another replica was meant."""
+        """This replica's `ReplicaMetrics`, or None if another replica was meant; attached ingresses ask the channel."""
         if replica_id != self._id:
             return None
-        return msgspec.msgpack.encode(ReplicaMetrics(self._metrics.snapshot(serve_rank()), self._loop.ingresses()))
+        return msgspec.msgpack.encode(self._loop.metrics())
 
     def check_health(self) -> None:
         """Serve replaces a replica for which this raises."""

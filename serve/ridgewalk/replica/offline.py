@@ -28,6 +28,7 @@ class OfflineEngine:
 
     def __init__(self, config: EngineConfig, spawn: bool = False) -> None:
         spec = ModelSpec.from_folder(config.model_path)
+        self._vocab_size = spec.vocab_size
         self.executor, self.memory_plan = _make_executor(config, spec, spawn)
         self._expert_loads = make_expert_load_recorder(config, spec)
         self.core = EngineCore(config.scheduler_config(self.memory_plan.num_blocks), self.executor, time.monotonic)
@@ -44,7 +45,16 @@ class OfflineEngine:
     def generate(
         self, prompts: Sequence[list[int]], sampling: SamplingParams | Sequence[SamplingParams]
     ) -> list[Request]:
-        """Run all prompts to their end, batched as the scheduler sees fit; the finished requests, in order."""
+        """Run all prompts to their end, batched as the scheduler sees fit; the finished requests, in order.
+
+        Raises:
+            ValueError: a token id is not in the vocabulary.
+        """
+        for number, prompt in enumerate(prompts):
+            if not all(0 <= token < self._vocab_size for token in prompt):
+                raise ValueError(
+                    f"prompt {number} has token ids outside of the vocabulary of {self._vocab_size} tokens"
+                )
         each = [sampling] * len(prompts) if isinstance(sampling, SamplingParams) else sampling
         requests = [
             self.core.add(str(number), 0, prompt, params)

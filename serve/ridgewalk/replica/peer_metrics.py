@@ -10,20 +10,11 @@ import asyncio
 import secrets
 from collections.abc import Callable
 
-import msgspec
-
 from ridgewalk.replica.protocol import Introduction
 
 MAX_SNAPSHOT_BYTES = 64 * 2**20
 ASK_TIMEOUT_S = 2.0
 """How long a connection may take to say its secret."""
-
-
-class ReplicaMetrics(msgspec.Struct, frozen=True):
-    """What a replica answers when asked for metrics."""
-
-    snapshot: bytes
-    ingresses: list[Introduction]  # attached to it now
 
 
 class PeerServer:

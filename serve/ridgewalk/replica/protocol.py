@@ -134,13 +134,28 @@ class Resend(msgspec.Struct, frozen=True, tag="resend"):
     offset: int
 
 
-class Frame(msgspec.Struct, frozen=True, tag="frame"):
+class MetricsQuery(msgspec.Struct, frozen=True, tag="metrics"):
+    """Ingress -> replica: answer with `ReplicaMetrics` in the next frame."""
+
+    number: int  # of the query, given back with the answer
+
+
+class ReplicaMetrics(msgspec.Struct, frozen=True):
+    """What a replica answers when asked for metrics."""
+
+    snapshot: bytes
+    ingresses: list[Introduction]  # attached to it now
+    number: int = 0  # of the query
+
+
+class Frame(msgspec.Struct, frozen=True, tag="frame", omit_defaults=True):
     """Replica -> ingress: all that one engine step produced for this ingress, or only the load when idle."""
 
     epoch: str  # the replica's incarnation
     secret: str  # the ingress's own: a frame without it is not from a replica that the ingress asked
     chunks: list[TokenChunk]
     load: LoadReport
+    metrics: ReplicaMetrics | None = None  # the answer to a query
 
 
-ToReplica = Attach | Finish | Resend
+ToReplica = Attach | Finish | Resend | MetricsQuery

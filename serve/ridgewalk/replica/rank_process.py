@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import os
-import signal
 import socket
-import sys
 import time
 import traceback
 from collections.abc import Callable
@@ -32,6 +30,10 @@ from ridgewalk.replica.rank_protocol import (
 )
 
 PROGRESS_EVERY_S = 0.5
+
+CPU_RANK_NICENESS = 5
+"""Ranks that compute on CPUs take every core there is; whoever feeds them and answers clients needs little, but at
+once."""
 
 
 class RankConnection:
@@ -94,6 +96,8 @@ def _serve(launch: RankLaunch, connection: RankConnection) -> None:
     from ridgewalk.model.runner import create_runner, device_memory, multiplies_fp8  # torch, only here
 
     engine = launch.engine
+    if engine.device == "cpu":
+        os.nice(CPU_RANK_NICENESS)
     memory = device_memory(engine.device)[0] if engine.device == "cuda" else memory_bytes()
     address = connection.local_address()
     fp8 = multiplies_fp8(engine.device, ModelSpec.from_folder(engine.model_path), engine.dtype)
@@ -127,13 +131,3 @@ def _progress(rank: int, connection: RankConnection) -> Callable[[int, int], Non
             connection.send(Loading(rank, done_bytes, total_bytes))
 
     return report
-
-
-def main() -> None:
-    """Entry of a spawned rank: its `RankLaunch` comes on standard input."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which then stops its ranks
-    run_rank(msgspec.msgpack.decode(sys.stdin.buffer.read(), type=RankLaunch))
-
-
-if __name__ == "__main__":
-    main()

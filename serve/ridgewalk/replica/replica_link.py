@@ -9,7 +9,17 @@ import msgspec
 import zmq
 from ray.serve.handle import DeploymentHandle
 
-from ridgewalk.replica.protocol import Attach, ChannelAddress, Finish, Frame, LoadReport, Resend, TokenChunk
+from ridgewalk.replica.protocol import (
+    Attach,
+    ChannelAddress,
+    Finish,
+    Frame,
+    LoadReport,
+    MetricsQuery,
+    ReplicaMetrics,
+    Resend,
+    TokenChunk,
+)
 from ridgewalk.routing.least_loaded import ReplicaLoad
 
 SILENT_AFTER_S = 3.0
@@ -49,6 +59,8 @@ class ReplicaLink:
         self._attach = attach
         self._subscribers: dict[str, tuple[Subscriber, int]] = {}  # by request id; with its number of sequences
         self._avoided_until = 0.0
+        self._queries: dict[int, asyncio.Future[ReplicaMetrics | None]] = {}  # by number
+        self._last_query = 0
         self._encoder = msgspec.msgpack.Encoder()
         self._decoder = msgspec.msgpack.Decoder(Frame)
         self._socket = context.socket(zmq.DEALER)
@@ -91,7 +103,22 @@ class ReplicaLink:
         """Say that this ingress is there."""
         self.send(self._attach)
 
-    def send(self, message: Attach | Finish | Resend) -> None:
+    async def ask_metrics(self) -> ReplicaMetrics | None:
+        """The replica's metrics, or None when the link is lost meanwhile. Waits as long as it takes.
+
+        Over the channel and not by a call through Ray: on a machine whose cores are taken each thread on the way is one
+        more that waits for its turn, and here it is only the engine's own.
+        """
+        self._last_query += 1
+        number = self._last_query
+        answer = self._queries[number] = self._event_loop.create_future()
+        self.send(MetricsQuery(number))
+        try:
+            return None if self.closed else await answer
+        finally:
+            del self._queries[number]
+
+    def send(self, message: Attach | Finish | Resend | MetricsQuery) -> None:
         """Queue a message. Dropped when the queue is full; whoever needs an answer asks again."""
         if self.closed:
             return
@@ -126,6 +153,9 @@ class ReplicaLink:
         subscribers, self._subscribers = self._subscribers, {}
         for subscriber, _ in subscribers.values():
             subscriber.on_link_lost()
+        for query in self._queries.values():
+            if not query.done():
+                query.set_result(None)
 
     def _read(self) -> None:
         while not self.closed:
@@ -144,3 +174,7 @@ class ReplicaLink:
             subscriber = self._subscribers.get(chunk.request_id)
             if subscriber is not None:
                 subscriber[0].on_chunk(chunk)
+        if frame.metrics is not None:
+            query = self._queries.get(frame.metrics.number)
+            if query is not None and not query.done():
+                query.set_result(frame.metrics)

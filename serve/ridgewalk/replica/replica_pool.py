@@ -12,7 +12,7 @@ import zmq
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
-from ridgewalk.replica.protocol import Attach, ChannelAddress, Introduction
+from ridgewalk.replica.protocol import Attach, ChannelAddress, Introduction, ReplicaMetrics
 from ridgewalk.replica.replica_link import ReplicaLink
 from ridgewalk.replica.router_registry import running_replicas
 from ridgewalk.routing.least_loaded import RoutingReason, choose_replica
@@ -75,9 +75,19 @@ class ReplicaPool:
             for replica_id in running_replicas(handle)
         ]
 
-    def handle(self, placement: str) -> DeploymentHandle:
-        """The handle of a placement's deployment."""
-        return self._handles[placement]
+    async def ask_metrics(self, placement: str, replica_id: str, timeout_s: float) -> ReplicaMetrics | None:
+        """What a replica measured, or None when it does not answer in time."""
+        link = self._links.get(replica_id)
+        attached = link is not None and link.load is not None and not link.closed
+        asked = link.ask_metrics() if link is not None and attached else self._call_metrics(placement, replica_id)
+        try:
+            return await asyncio.wait_for(asked, timeout_s)
+        except (asyncio.TimeoutError, ray.exceptions.RayError, RayServeException):
+            return None
+
+    async def _call_metrics(self, placement: str, replica_id: str) -> ReplicaMetrics | None:
+        answer = await self._handles[placement].metrics.remote(replica_id=replica_id)
+        return None if answer is None else msgspec.msgpack.decode(answer, type=ReplicaMetrics)
 
     def choose(self, excluded: Collection[str] = ()) -> ReplicaLink | None:
         """The replica for a new request, or None while there is none beside the ``excluded`` ids."""

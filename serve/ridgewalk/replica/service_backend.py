@@ -8,10 +8,8 @@ import secrets
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
-import msgspec
 import ray
 import zmq
-from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
 from ridgewalk.api.backend import Sequence as SequenceRequest
@@ -19,7 +17,7 @@ from ridgewalk.api.backend import ServedModel, TokenStream
 from ridgewalk.metrics.exposition import merge
 from ridgewalk.metrics.ingress_metrics import IngressMetrics
 from ridgewalk.metrics.snapshot import decode
-from ridgewalk.replica.peer_metrics import PeerServer, ReplicaMetrics, ask_peer
+from ridgewalk.replica.peer_metrics import PeerServer, ask_peer
 from ridgewalk.replica.protocol import Introduction
 from ridgewalk.replica.replica_pool import ReplicaPool
 from ridgewalk.replica.request_stream import RequestStream
@@ -96,7 +94,7 @@ class ServiceBackend:
     async def metrics(self, timeout_s: float) -> bytes:
         first_s, then_s = REPLICAS_SHARE * timeout_s, (1 - REPLICAS_SHARE) * timeout_s
         asked = [
-            (name, placement, asyncio.create_task(_ask_replica(pool.handle(placement), replica_id, first_s)))
+            (name, placement, asyncio.create_task(pool.ask_metrics(placement, replica_id, first_s)))
             for name, pool in self._pools.items()
             for placement, replica_id in pool.replicas()
         ]
@@ -152,14 +150,3 @@ class ServiceBackend:
                     logger.exception("following the replicas failed; trying again")
             turn += 1
             await asyncio.sleep(MAINTAIN_EVERY_S)
-
-
-async def _ask_replica(handle: DeploymentHandle, replica_id: str, timeout_s: float) -> ReplicaMetrics | None:
-    async def ask() -> bytes | None:
-        return await handle.metrics.remote(replica_id=replica_id)
-
-    try:
-        answer = await asyncio.wait_for(ask(), timeout_s)
-    except (asyncio.TimeoutError, ray.exceptions.RayError, RayServeException):
-        return None
-    return None if answer is None else msgspec.msgpack.decode(answer, type=ReplicaMetrics)
