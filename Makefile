@@ -15,7 +15,7 @@ watch: $(READY)
 	$(BIN)/ridgewalk watch
 
 test: $(READY)
-	$(BIN)/python -m pytest -n 2 --dist loadgroup
+	$(BIN)/python -m pytest -n 2
 
 lint: $(READY)
 	$(BIN)/ruff check serve tests monitoring
