@@ -40,6 +40,8 @@ def test_fields_are_shown_as_flags(sentence: str, shown: str) -> None:
 
 
 WRONG = {
+    "--workload": "poetry",
+    "--hardware": "8xh300",
     "--tensor-parallel-size": "0",
     "--pipeline-parallel-size": "0",
     "--data-parallel-size": "0",

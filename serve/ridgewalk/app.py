@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import re
@@ -32,10 +33,13 @@ from ridgewalk.placement.expert_map import balanced_expert_map, imbalance, unifo
 from ridgewalk.placement.memory import MemoryPlan, MemoryPlanError
 from ridgewalk.placement.model_spec import ModelSpec, validate_mesh
 from ridgewalk.placement.moe_spec import MoESpec
+from ridgewalk.planning.startup import plan_missing
 from ridgewalk.replica.engine_config import EngineConfig
 from ridgewalk.replica.engine_replica import EngineReplica
 from ridgewalk.replica.host import memory_bytes
 from ridgewalk.replica.sizing import size_cache
+
+logger = logging.getLogger(__name__)
 
 REPLICA_CPUS = 0.5
 INGRESS_CPUS = 0.5
@@ -131,7 +135,11 @@ def build(args: dict[str, Any]) -> Application:
         config = load_config(Path(args["config"]))
     else:
         config = parse_config(_expand(args), "args")
-    return build_application(config, resolve(config, num_cluster_hosts() if ray.is_initialized() else 1))
+    planned = plan_missing(config, on_this_machine=False)
+    for sentence in planned.sentences:
+        logger.info("%s", sentence)
+    models = resolve(planned.config, num_cluster_hosts() if ray.is_initialized() else 1)
+    return build_application(planned.config, models)
 
 
 def num_cluster_hosts() -> int:

@@ -143,6 +143,20 @@ def serve(
             help="predictive: requests begin when the predicted peak of KV use fits; prompt_only: when prompts fit.",
         ),
     ] = "predictive",
+    workload: Annotated[
+        str,
+        typer.Option(
+            rich_help_panel=PLACEMENT,
+            help="What the placement is planned for, where no flag states it: chat, reasoning or long-prompt.",
+        ),
+    ] = "reasoning",
+    hardware: Annotated[
+        str | None,
+        typer.Option(
+            rich_help_panel=PLACEMENT,
+            help="For that plan: 8xh200, or a file. Default: this machine, once `ridgewalk calibrate` has measured it.",
+        ),
+    ] = None,
     max_waiting: Annotated[
         int, typer.Option(rich_help_panel=ENGINE, help="Waiting sequences per model; beyond it clients get 429.")
     ] = 2048,
@@ -210,7 +224,9 @@ def _service_config(context: typer.Context) -> ServeConfig:
     name = values.pop("served_model_name")
     placement = {key: values.pop(key) for key in list(values) if key in PlacementConfig.model_fields}
     engine = {key: values.pop(key) for key in list(values) if key in ModelConfig.model_fields}
-    described = {"model": model, "name": name, **engine, "placements": [placement]}
+    described = {"model": model, "name": name, **engine}
+    if any(_is_given(context, key) for key in placement):
+        described["placements"] = [placement]
     return parse_config({"models": [described], **values}, "the command line")
 
 

@@ -127,7 +127,8 @@ class ModelConfig(_Strict):
     enable_prefix_caching: bool = True
     admission: AdmissionName = "predictive"  # by the predicted peak of KV use, or by the prompt alone (prompt_only)
     max_waiting: int = Field(2048, ge=1)  # waiting sequences per model; beyond it requests get 429
-    placements: list[PlacementConfig] = Field(default_factory=lambda: [PlacementConfig()], min_length=1)
+    workload: str = "reasoning"  # what placements are planned for where none are listed
+    placements: list[PlacementConfig] = []  # none: planned when the service starts
 
     @property
     def served_name(self) -> str:
@@ -147,6 +148,7 @@ class ServeConfig(_Strict):
     api_key_file: Path | None = None  # one key a line
     max_body_bytes: Size = 16 * 2**20
     app_name: str = Field("ridgewalk", min_length=1)  # of the Serve application
+    hardware: str | None = None  # for planning, as `ridgewalk plan` takes it; None: this machine, if calibrated
 
     @model_validator(mode="after")
     def _refuse_equal_names(self) -> ServeConfig:

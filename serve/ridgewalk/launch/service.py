@@ -78,6 +78,7 @@ def _local(config: ServeConfig, console: Console, signals: StopSignals) -> Itera
     surroundings = local_ray.prepare_environment()
     from ridgewalk.app import needed_cpus, resolve
 
+    config = _with_placements(config, console, on_this_machine=True)
     models = resolve(config)
     _print_plan(models, console)
     _check_gpus(config)
@@ -106,6 +107,17 @@ def _local(config: ServeConfig, console: Console, signals: StopSignals) -> Itera
         local_ray.stop_ray(surroundings, signals.again)
 
 
+def _with_placements(config: ServeConfig, console: Console, on_this_machine: bool) -> ServeConfig:
+    if all(model.placements for model in config.models):
+        return config
+    from ridgewalk.planning.startup import plan_missing  # the simulator: not for those who state theirs
+
+    planned = plan_missing(config, on_this_machine)
+    for sentence in planned.sentences:
+        console.print(sentence, highlight=False, markup=False)
+    return planned.config
+
+
 @contextmanager
 def _joined(config: ServeConfig, console: Console, signals: StopSignals) -> Iterator[str]:
     started = time.monotonic()
@@ -116,6 +128,7 @@ def _joined(config: ServeConfig, console: Console, signals: StopSignals) -> Iter
         from ridgewalk.app import needed_cpus, needed_gpus, num_cluster_hosts, resolve
 
         signals.install()
+        config = _with_placements(config, console, on_this_machine=False)
         models = resolve(config, num_cluster_hosts())
         _print_plan(models, console)
         config = joined_ray.adopt(config, joined_ray.running_serve(), console)

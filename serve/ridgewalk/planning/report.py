@@ -20,7 +20,7 @@ def as_data(ranked: Sequence[Candidate]) -> list[dict[str, Any]]:
     return [
         {
             "name": candidate.placement.name,
-            "shapes": [_shape(shape) for shape in candidate.placement.shapes],
+            "shapes": [shape_fields(shape) for shape in candidate.placement.shapes],
             "feasible": candidate.outcome is not None,
             "reason": reason(candidate, ranked[0]),
             **_figures(candidate.outcome),
@@ -72,12 +72,13 @@ def as_configuration(
         "max_model_len": max_model_len,
         "max_num_seqs": policy.max_num_seqs,
         "max_num_batched_tokens": policy.max_num_batched_tokens,
-        "placements": [{**_shape(shape), "gpus_per_rank": gpus} for shape in placement.shapes],
+        "placements": [{**shape_fields(shape), "gpus_per_rank": gpus} for shape in placement.shapes],
     }
     return yaml.safe_dump({"models": [described]}, sort_keys=False)
 
 
-def _shape(shape: Shape) -> dict[str, Any]:
+def shape_fields(shape: Shape) -> dict[str, Any]:
+    """As the configuration of a placement has them."""
     return {
         "replicas": shape.replicas,
         "tensor_parallel_size": shape.mesh.tp,
