@@ -141,6 +141,13 @@ def serve(
             help="predictive: requests begin when the predicted peak of KV use fits; prompt_only: when prompts fit.",
         ),
     ] = "predictive",
+    routing: Annotated[
+        str,
+        typer.Option(
+            rich_help_panel=ENGINE,
+            help="kv_growth: by how long each replica and request delay each other; least_loaded; round_robin.",
+        ),
+    ] = "kv_growth",
     max_waiting: Annotated[
         int, typer.Option(rich_help_panel=ENGINE, help="Waiting sequences per model; beyond it clients get 429.")
     ] = 2048,

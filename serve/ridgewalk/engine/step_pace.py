@@ -66,9 +66,7 @@ class PaceEstimate:
             tokens += sum(batch.num_computed_tokens)
             scheduled = batch.num_scheduled_tokens
             prefill_tokens += sum(scheduled) - scheduled.count(1)
-        self.observe(
-            seconds * rounds, sequences * rounds, tokens / block_size * rounds, prefill_tokens * rounds
-        )
+        self.observe(seconds * rounds, sequences * rounds, tokens / block_size * rounds, prefill_tokens * rounds)
 
     def pace(self) -> StepPace | None:
         """The terms; None before `MIN_STEPS` steps."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 
 from ridgewalk.engine.scheduler_config import AdmissionName
-from ridgewalk.routing.policy import RoutingName
+from ridgewalk.routing.decision import RoutingName
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ from ridgewalk.engine.request import Request
 from ridgewalk.engine.sampling import SamplingParams
 from ridgewalk.engine.scheduler import Scheduler
 from ridgewalk.engine.scheduler_config import SchedulerConfig
-from ridgewalk.engine.step_pace import PaceEstimate
 from ridgewalk.engine.step import NO_TOKEN, GroupBatch, GroupOutput, StepInput, StepOutput
+from ridgewalk.engine.step_pace import PaceEstimate
 from ridgewalk.placement.cost_model import CostModel, GroupLoad, StepTime
 
 STOP_TOKEN, OTHER_TOKEN = 1, 0
@@ -85,9 +85,7 @@ class ReplicaSimulation:
 
     def sampling(self, effort: str) -> SamplingParams:
         """What a request asks for."""
-        return SamplingParams(
-            max_tokens=self.max_output_length, stop_token_ids=(STOP_TOKEN,), reasoning_effort=effort
-        )
+        return SamplingParams(max_tokens=self.max_output_length, stop_token_ids=(STOP_TOKEN,), reasoning_effort=effort)
 
     def arrive(self, now_s: float, seq_id: int, prompt_length: int, output_length: int, effort: str = "") -> None:
         """Queue a request, at a time that `run_until` has reached."""

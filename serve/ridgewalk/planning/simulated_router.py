@@ -81,6 +81,7 @@ class SimulatedRouter:
             tuple(_group(group, peak) for group, peak in zip(scheduler.groups, report.peaks, strict=True)),
             config.block_size,
             replica.cost.mesh.world_size,
+            config.enable_prefix_caching,
             replica.pace.pace(),
         )
 

@@ -19,6 +19,7 @@ from ridgewalk.engine.scheduler import RequestTooLargeError
 from ridgewalk.engine.scheduler_config import SchedulerConfig
 from ridgewalk.engine.stats import EngineStats
 from ridgewalk.engine.step import RankTimings
+from ridgewalk.engine.step_pace import StepPace
 from ridgewalk.engine.step_result import NewToken, StepResult
 from ridgewalk.replica.call_ledger import CallLedger, CallRecord
 from ridgewalk.replica.channel_server import ChannelServer
@@ -108,6 +109,8 @@ class EngineLoop:
                 self._poller.register(source, zmq.POLLIN)
         self._executor_is_polled = executor_socket is not None
         self._last_report = 0.0
+        self._peaks: list[float | None] = [None] * scheduler_config.num_groups  # as of the last report, as is the pace
+        self._pace: StepPace | None = None
         self._stopping = False
         self.failure: str | None = None
         self.endpoint, self.epoch = self._channel.endpoint, self._channel.epoch
@@ -335,19 +338,23 @@ class EngineLoop:
     def _report(self, now: float) -> None:
         self._last_report = now
         self._ledger.forget_old(now)
-        self._recorder.on_stats(self._core.stats())
+        stats = self._core.stats()
+        self._recorder.on_stats(stats)
+        self._peaks = [group.predicted_peak_blocks for group in stats.groups]
+        self._pace = self._core.pace.pace()
         load = self._load()
         for ingress_id in self._channel.ingress_ids():
             self._channel.send(ingress_id, [], load)
 
     def _load(self) -> LoadReport:
+        """The queues as they are, predictions as of the last report: frames are many, and a forecast is not free."""
         scheduler = self._core.scheduler
         groups = [
             GroupLoad(pool.num_blocks, pool.num_used, pool.num_cached, len(group.running), peak)
-            for group, peak in zip(scheduler.groups, scheduler.predicted_peaks(), strict=True)
+            for group, peak in zip(scheduler.groups, self._peaks, strict=True)
             for pool in (group.kv.pool,)
         ]
-        return LoadReport(groups, scheduler.num_running, scheduler.num_waiting, self._limit.num_seats)
+        return LoadReport(groups, scheduler.num_running, scheduler.num_waiting, self._limit.num_seats, self._pace)
 
     def _fail(self, error: Exception) -> None:
         """The ranks are gone: every open call moves to another replica, with the tokens its ingress has."""

@@ -10,7 +10,7 @@ import zmq
 from ray.serve.handle import DeploymentHandle
 
 from ridgewalk.replica.protocol import Attach, ChannelAddress, Finish, Frame, LoadReport, Resend, TokenChunk
-from ridgewalk.routing.least_loaded import ReplicaLoad
+from ridgewalk.routing.replica_load import GroupKV, ReplicaLoad
 
 SILENT_AFTER_S = 3.0
 """A replica reports every 100 ms; one not heard for so long is connected to anew."""
@@ -45,7 +45,7 @@ class ReplicaLink:
         self.replica_id = replica_id
         self.load: LoadReport | None = None
         self.closed = False
-        self._epoch = address.epoch
+        self._address = address
         self._attach = attach
         self._subscribers: dict[str, tuple[Subscriber, int]] = {}  # by request id; with its number of sequences
         self._avoided_until = 0.0
@@ -112,8 +112,14 @@ class ReplicaLink:
             load.num_waiting,
             sum(count for _, count in self._subscribers.values()),
             load.num_seats,
-            sum(group.total_blocks - group.used_blocks for group in load.groups),
-            sum(group.total_blocks for group in load.groups),
+            tuple(
+                GroupKV(group.total_blocks, group.total_blocks - group.used_blocks, group.predicted_peak_blocks)
+                for group in load.groups
+            ),
+            self._address.block_size,
+            self._address.num_ranks,
+            self._address.caches_prefixes,
+            load.pace,
         )
 
     def close(self) -> None:
@@ -134,7 +140,7 @@ class ReplicaLink:
             except zmq.Again:
                 return
             frame = self._decoder.decode(payload)
-            if frame.epoch == self._epoch and frame.secret == self._attach.secret:
+            if frame.epoch == self._address.epoch and frame.secret == self._attach.secret:
                 self._take(frame)
 
     def _take(self, frame: Frame) -> None:

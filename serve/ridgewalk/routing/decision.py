@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum
+from typing import Literal
+
+RoutingName = Literal["kv_growth", "least_loaded", "round_robin"]
 
 
 class RoutingReason(str, Enum):

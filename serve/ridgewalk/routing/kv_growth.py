@@ -2,15 +2,16 @@
 
 The cost of a replica is what the sum of squared latencies of all open requests grows by when the request goes there, in
 seconds squared: its own square, and for each request j that is there already, 2 x latency(j) x (what j is held up).
-Taking the choice that increases the sum of squares least is the greedy rule of Awerbuch et al. (1995, load balancing in
-the L_p norm); the square of latency is the usual compromise between mean and maximum (Bansal and Pruhs 2003). It is what
-parts the long from the short without a threshold. A second costs a request in proportion to how long it takes, so a
-long reasoner seeks the fastest steps that it can get, in big groups, and a short request keeps out of the way of long
-ones: its own seconds are few, wherever it runs.
+Taking what increases the sum of squares least is the greedy rule of Awerbuch et al. (1995, load balancing in the L_p
+norm); the square of latency is the usual compromise between mean and maximum (Bansal and Pruhs 2003). It is what parts
+the long from the short without a threshold. A second costs a request in proportion to how long it takes, so a long
+reasoner seeks the fastest steps that it can get, in big groups, and a short request keeps out of the way of long ones:
+its own seconds are few, wherever it runs.
 
 Latency is predicted as  wait + prompt tokens not cached x prefill time + output tokens x step time.  Step time is the
-replica's own `StepPace`; output tokens are those of the request's class (`OutputLengths`, learned from what ended here).
-One more sequence makes each step longer by its own terms of the pace, and for as many steps as both are there.
+replica's own `StepPace`, synchronization included; output tokens are those of the request's class (`OutputLengths`,
+learned from what ended here). One more sequence makes each step longer by its own terms of the pace, and for as many
+steps as both are there.
 
 A replica has room when a seat is free and the predicted peak of KV use of some attention group, what was sent since
 the report included, leaves place for the request at its expected end. Those without room take nothing while another
@@ -84,17 +85,18 @@ class KvGrowth:
         self._open: dict[str, _Open] = {}
         self._refreshed = -np.inf
 
-    def choose(self, request: Sequence[NewSequence], loads: Sequence[ReplicaLoad], now: float) -> RoutingDecision | None:
+    def choose(
+        self, request: Sequence[NewSequence], loads: Sequence[ReplicaLoad], now: float
+    ) -> RoutingDecision | None:
         """The replica for a request; None when there is none. ``now``: monotonic seconds."""
         paces = {load.replica_id: load.pace for load in loads if load.pace is not None}
         if len(loads) < 2 or len(paces) < len(loads) or self._lengths.num_seen == 0:
             return least_loaded(loads)
         self._refresh(now)
         growth = self._growth(request)
-        cached = self._prefixes.cached_tokens(request[0].prefix)
-        options = [
-            self._rate(growth, load, paces[load.replica_id], cached.get(load.replica_id, 0), now) for load in loads
-        ]
+        seen = self._prefixes.cached_tokens(request[0].prefix)
+        cached = {load.replica_id: seen.get(load.replica_id, 0) if load.caches_prefixes else 0 for load in loads}
+        options = [self._rate(growth, load, paces[load.replica_id], cached[load.replica_id], now) for load in loads]
         return _decide(options)
 
     def on_sent(self, sequence: OpenSequence) -> None:

@@ -12,7 +12,9 @@ from ridgewalk.routing.replica_load import ReplicaLoad
 class LeastLoaded:
     """Implements `RoutingPolicy`; remembers nothing."""
 
-    def choose(self, request: Sequence[NewSequence], loads: Sequence[ReplicaLoad], now: float) -> RoutingDecision | None:
+    def choose(
+        self, request: Sequence[NewSequence], loads: Sequence[ReplicaLoad], now: float
+    ) -> RoutingDecision | None:
         """See `least_loaded`."""
         return least_loaded(loads)
 

@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, Protocol
+from typing import Protocol
 
-from ridgewalk.routing.decision import RoutingDecision
+from ridgewalk.routing.decision import RoutingDecision, RoutingName
 from ridgewalk.routing.kv_growth import KvGrowth
 from ridgewalk.routing.least_loaded import LeastLoaded
 from ridgewalk.routing.open_sequence import NewSequence, OpenSequence
 from ridgewalk.routing.replica_load import ReplicaLoad
 from ridgewalk.routing.round_robin import RoundRobin
 
-RoutingName = Literal["kv_growth", "least_loaded", "round_robin"]
-
 
 class RoutingPolicy(Protocol):
     """Chooses for one model at one ingress. Called from one thread; times are any monotonic seconds."""
 
-    def choose(self, request: Sequence[NewSequence], loads: Sequence[ReplicaLoad], now: float) -> RoutingDecision | None:
+    def choose(
+        self, request: Sequence[NewSequence], loads: Sequence[ReplicaLoad], now: float
+    ) -> RoutingDecision | None:
         """The replica for all sequences of a request; None only when ``loads`` is empty."""
         ...
 

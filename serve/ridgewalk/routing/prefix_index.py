@@ -44,7 +44,11 @@ class PrefixIndex:
         found: dict[str, int] = {}
         for number, block in enumerate(hashes, 1):
             replicas = self._replicas.get(block, set())
-            holders = replicas if number == 1 else {each for each in replicas if found.get(each) == (number - 1) * PREFIX_BLOCK}
+            holders = (
+                replicas
+                if number == 1
+                else {each for each in replicas if found.get(each) == (number - 1) * PREFIX_BLOCK}
+            )
             if not holders:
                 break
             found.update(dict.fromkeys(holders, number * PREFIX_BLOCK))

@@ -34,6 +34,7 @@ class ReplicaLoad:
     groups: tuple[GroupKV, ...]
     block_size: int = 16
     num_ranks: int = 1
+    caches_prefixes: bool = True
     pace: StepPace | None = None  # None: it has run too few steps to know
 
     @property

@@ -15,7 +15,9 @@ class RoundRobin:
     def __init__(self) -> None:
         self._last = ""
 
-    def choose(self, request: Sequence[NewSequence], loads: Sequence[ReplicaLoad], now: float) -> RoutingDecision | None:
+    def choose(
+        self, request: Sequence[NewSequence], loads: Sequence[ReplicaLoad], now: float
+    ) -> RoutingDecision | None:
         """The next one in the order of their ids; whoever comes or goes does not disturb the others' turns."""
         ids = sorted(load.replica_id for load in loads)
         if not ids:

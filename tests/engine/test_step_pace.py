@@ -1,0 +1,63 @@
+"""Learning how long steps take."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ridgewalk.engine.step_pace import MIN_STEPS, PaceEstimate, StepPace
+
+
+def learn(pace: StepPace, seed: int, noise: float = 0.0, steps: int = 400) -> PaceEstimate:
+    rng, estimate = random.Random(seed), PaceEstimate()
+    for _ in range(steps):
+        sequences = rng.randrange(1, 200)
+        blocks, prefill = sequences * rng.randrange(1, 100), rng.choice([0, 0, 0, 500])
+        seconds = pace.step_s(sequences, blocks) + pace.prefill_token_s * prefill
+        estimate.observe(seconds * rng.lognormvariate(0, noise), sequences, blocks, prefill)
+    return estimate
+
+
+def test_the_terms_are_found() -> None:
+    true = StepPace(0.016, 5e-5, 8e-7, 1e-4)
+    found = learn(true, 0, noise=0.1).pace()
+    assert found is not None
+    for sequences, blocks in ((1, 10), (100, 1000), (200, 15_000)):
+        assert found.step_s(sequences, blocks) == pytest.approx(true.step_s(sequences, blocks), rel=0.05)
+    assert found.prefill_token_s == pytest.approx(1e-4, rel=0.1)
+
+
+def test_one_step_that_was_held_up_says_no_more_than_any_other() -> None:
+    estimate = learn(StepPace(0.016, 5e-5, 8e-7, 1e-4), 0)
+    before = estimate.pace()
+    estimate.observe(30.0, 100, 1000, 0)
+    after = estimate.pace()
+    assert before is not None
+    assert after is not None
+    assert after.step_s(100, 1000) == pytest.approx(before.step_s(100, 1000), rel=0.02)
+
+
+@given(st.lists(st.tuples(st.floats(1e-4, 1), *[st.integers(0, 300)] * 3), min_size=MIN_STEPS, max_size=40))
+def test_no_term_is_below_zero(steps: list[tuple[float, int, int, int]]) -> None:
+    estimate = PaceEstimate()
+    for number, step in enumerate(steps):
+        assert (estimate.pace() is None) == (number < MIN_STEPS)
+        estimate.observe(*step)
+    pace = estimate.pace()
+    assert pace is not None
+    assert min(pace.base_s, pace.sequence_s, pace.block_s, pace.prefill_token_s) >= 0
+
+
+def test_many_steps_alike_are_as_good_as_each_by_itself() -> None:
+    one, many = PaceEstimate(), PaceEstimate()
+    for sequences in (5, 50):
+        many.observe(0.01 + sequences * 1e-4, sequences, 10 * sequences, 0, steps=300)
+        for _ in range(300):
+            one.observe(0.01 + sequences * 1e-4, sequences, 10 * sequences, 0)
+    first, second = one.pace(), many.pace()
+    assert first is not None
+    assert second is not None
+    assert first.step_s(20, 200) == pytest.approx(second.step_s(20, 200), rel=1e-6)

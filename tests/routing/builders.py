@@ -1,0 +1,64 @@
+"""Replicas and requests for routing tests."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from ridgewalk.engine.sampling import SamplingParams
+from ridgewalk.engine.step_pace import StepPace
+from ridgewalk.routing.kv_growth import KvGrowth
+from ridgewalk.routing.open_sequence import NewSequence, OpenSequence
+from ridgewalk.routing.replica_load import GroupKV, ReplicaLoad
+
+MAX_MODEL_LEN = 8192
+MAX_TOKENS = 4096
+SMALL, LARGE = StepPace(0.016, 2e-5, 8e-7, 1e-4), StepPace(0.006, 2e-5, 2e-7, 3e-5)
+"""About a 32B model on one H200, and on four of them."""
+
+
+def new(
+    effort: str = "", prompt: int = 100, prefix: tuple[int, ...] = (), stops: tuple[int, ...] = (1,)
+) -> NewSequence:
+    sampling = SamplingParams(max_tokens=MAX_TOKENS, reasoning_effort=effort, stop_token_ids=stops)
+    return NewSequence.of(sampling, prompt, prefix=prefix)
+
+
+def replica(
+    replica_id: str,
+    running: int = 0,
+    waiting: int = 0,
+    used: int = 0,
+    total: int = 10_000,
+    peak: float | None = None,
+    pace: StepPace | None = SMALL,
+    ranks: int = 1,
+    seats: int = 256,
+    own: int = 0,
+    groups: int = 1,
+) -> ReplicaLoad:
+    group = GroupKV(total, total - used, peak)
+    return ReplicaLoad(replica_id, running, waiting, own, seats, (group,) * groups, 16, ranks, True, pace)
+
+
+def with_group(load: ReplicaLoad, **changes: float) -> ReplicaLoad:
+    return replace(load, groups=tuple(replace(group, **changes) for group in load.groups))  # type: ignore[arg-type]
+
+
+def taught(short: int = 150, long: int = 3000, count: int = 1000) -> KvGrowth:
+    """A policy that has seen a tenth of the requests, those of high effort, write much more."""
+    policy = KvGrowth(MAX_MODEL_LEN)
+    for number in range(count):
+        effort, length = ("high", long) if number % 10 == 0 else ("low", short)
+        finish(policy, send(policy, new(effort), "gone", 0.0), length)
+    return policy
+
+
+def send(policy: KvGrowth, sequence: NewSequence, replica_id: str, now: float) -> OpenSequence:
+    sent = OpenSequence(sequence, replica_id, now, sequence.num_resumed_tokens)
+    policy.on_sent(sent)
+    return sent
+
+
+def finish(policy: KvGrowth, sequence: OpenSequence, length: int, stopped: bool = True) -> None:
+    sequence.num_output_tokens = length
+    policy.on_ended(sequence, stopped)
