@@ -96,10 +96,10 @@ def _figures(case: Case, outcome: Outcome, arriving_s: float) -> Figures:
     short = [log.end_s - log.arrival_s for log in outcome.logs if log.output_length < limit]
     long = [log.end_s - log.arrival_s for log in outcome.logs if log.output_length >= limit]
     return Figures(
-        p99_s=percentile(latencies, 99),
-        p50_s=percentile(latencies, 50),
-        short_p99_s=percentile(short, 99),
-        long_p99_s=percentile(long, 99),
+        p99_s=percentile(latencies, 0.99),
+        p50_s=percentile(latencies, 0.5),
+        short_p99_s=percentile(short, 0.99),
+        long_p99_s=percentile(long, 0.99),
         goodputs=tuple(outcome.goodput_per_s(TTFT_S, tpot) * outcome.makespan_s / arriving_s for tpot in TPOTS_S),
         preemptions=outcome.preemptions,
     )

@@ -219,7 +219,7 @@ async def test_the_router_hears_of_every_sequence_once_with_its_length_and_wheth
 
 
 async def test_a_load_report_says_how_long_steps_take_and_what_kv_will_be_used(connect: Connect) -> None:
-    pool, (replica,) = await connect()
+    pool, _ = await connect()
     link = pool.links[0]
     await collect(stream(pool, [[1], [2]], 60), 2)
     await until(lambda: link.load is not None and link.load.pace is not None)

@@ -16,7 +16,7 @@ WAITING_WEIGHT = 4
 """A waiting request weighs as much as so many running ones when a replica is chosen: vLLM's data-parallel balancer."""
 
 REPORT_EVERY_S = 0.1
-"""How old a predicted peak may be, as in service."""
+"""How old a predicted peak may be while nothing begins, as in service."""
 
 
 class VllmBalancer:
@@ -33,6 +33,7 @@ class VllmBalancer:
 @dataclass
 class _Report:
     made_s: float
+    num_running: int
     peaks: list[float | None]
 
 
@@ -70,13 +71,14 @@ class SimulatedRouter:
         replica = self._replicas[replica_id]
         scheduler, config = replica.scheduler, replica.config
         report = self._reports.get(replica_id)
-        if report is None or now_s >= report.made_s + REPORT_EVERY_S:
-            report = self._reports[replica_id] = _Report(now_s, scheduler.predicted_peaks())
+        running = scheduler.num_running
+        if report is None or now_s >= report.made_s + REPORT_EVERY_S or running > report.num_running:
+            report = self._reports[replica_id] = _Report(now_s, running, scheduler.predicted_peaks())
         return ReplicaLoad(
             replica_id,
-            scheduler.num_running,
+            running,
             scheduler.num_waiting,
-            scheduler.num_running + scheduler.num_waiting,
+            running + scheduler.num_waiting,
             config.max_num_seqs * config.num_groups,
             tuple(_group(group, peak) for group, peak in zip(scheduler.groups, report.peaks, strict=True)),
             config.block_size,

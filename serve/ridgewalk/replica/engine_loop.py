@@ -109,7 +109,8 @@ class EngineLoop:
                 self._poller.register(source, zmq.POLLIN)
         self._executor_is_polled = executor_socket is not None
         self._last_report = 0.0
-        self._peaks: list[float | None] = [None] * scheduler_config.num_groups  # as of the last report, as is the pace
+        self._peaks: list[float | None] = [None] * scheduler_config.num_groups  # as predicted for `_num_predicted`
+        self._num_predicted = 0  # running sequences
         self._pace: StepPace | None = None
         self._stopping = False
         self.failure: str | None = None
@@ -340,21 +341,29 @@ class EngineLoop:
         self._ledger.forget_old(now)
         stats = self._core.stats()
         self._recorder.on_stats(stats)
-        self._peaks = [group.predicted_peak_blocks for group in stats.groups]
+        self._note_peaks([group.predicted_peak_blocks for group in stats.groups])
         self._pace = self._core.pace.pace()
         load = self._load()
         for ingress_id in self._channel.ingress_ids():
             self._channel.send(ingress_id, [], load)
 
     def _load(self) -> LoadReport:
-        """The queues as they are, predictions as of the last report: frames are many, and a forecast is not free."""
+        """The queues as they are; peaks as of the last report, or since then of the last admission.
+
+        Frames are many, and a forecast is not free. But what has begun must count before more is sent.
+        """
         scheduler = self._core.scheduler
+        if scheduler.num_running > self._num_predicted:
+            self._note_peaks(scheduler.predicted_peaks())
         groups = [
             GroupLoad(pool.num_blocks, pool.num_used, pool.num_cached, len(group.running), peak)
             for group, peak in zip(scheduler.groups, self._peaks, strict=True)
             for pool in (group.kv.pool,)
         ]
         return LoadReport(groups, scheduler.num_running, scheduler.num_waiting, self._limit.num_seats, self._pace)
+
+    def _note_peaks(self, peaks: list[float | None]) -> None:
+        self._peaks, self._num_predicted = peaks, self._core.scheduler.num_running
 
     def _fail(self, error: Exception) -> None:
         """The ranks are gone: every open call moves to another replica, with the tokens its ingress has."""

@@ -157,7 +157,7 @@ class KvGrowth:
         has_room = excess <= 0 and load.num_sequences + growth.count <= load.num_seats
         used = load.total_blocks - load.available_blocks
         per_step = _per_step(growth, pace, load.block_size)
-        step_s = pace.step_s(load.num_sequences, used) + growth.count * per_step
+        step_s = pace.step_s(min(load.num_sequences, load.num_seats), used) + growth.count * per_step
         wait_s = 0.0 if has_room else _wait_s(growth, load, pending, each, max(excess, 0.0), step_s)
         costs = [
             self._cost(growth, load, there, wait_s, pace.prefill_token_s * tokens, step_s, per_step, now)
