@@ -18,6 +18,7 @@ from ridgewalk.engine.sampling import SamplingParams
 from ridgewalk.engine.scheduler_config import SchedulerConfig
 from ridgewalk.engine.stats import EngineStats
 from ridgewalk.engine.step import RankTimings, StepOutput
+from ridgewalk.engine.step_meter import StepMeans
 from ridgewalk.replica.engine_loop import EngineLoop
 from ridgewalk.replica.protocol import Attach, ChannelAddress, Frame, GenerateCall, GenerateReply, Introduction
 from ridgewalk.replica.replica_link import ReplicaLink
@@ -218,14 +219,16 @@ async def test_the_router_hears_of_every_sequence_once_with_its_length_and_wheth
     assert sorted(pool.ended) == [(len_until_stop([4], natural), True), (6, False)]
 
 
-async def test_a_load_report_says_how_long_steps_take_and_what_kv_will_be_used(connect: Connect) -> None:
+async def test_reports_say_how_long_steps_take(connect: Connect) -> None:
     pool, _ = await connect()
     link = pool.links[0]
     await collect(stream(pool, [[1], [2]], 60), 2)
-    await until(lambda: link.load is not None and link.load.pace is not None)
+    reported: list[StepMeans] = []
+    await until(lambda: (reported.extend(link.take_steps()), sum(means.steps for means in reported) >= 60)[1])
+    assert sum(means.steps for means in reported) == 60
+    assert all(means.seconds > 0 and means.sequences <= 2 for means in reported)
+    assert sum(means.steps * means.prefill_tokens for means in reported) == 0  # prompts of one token
     load = link.routing_load()
-    assert load.pace is not None
-    assert load.pace.step_s(2, 10) > 0
     assert (load.block_size, load.num_ranks, load.total_blocks, load.caches_prefixes) == (BLOCK_SIZE, 1, 64, True)
 
 

@@ -9,18 +9,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ridgewalk.engine.step_pace import StepPace
 from ridgewalk.routing.decision import RoutingDecision, RoutingReason
 from ridgewalk.routing.kv_growth import KvGrowth
 from ridgewalk.routing.least_loaded import least_loaded
 from ridgewalk.routing.prefix_index import PREFIX_BLOCK, prefix_hashes
 from ridgewalk.routing.replica_load import ReplicaLoad
-from tests.routing.builders import LARGE, MAX_MODEL_LEN, SMALL, finish, new, replica, send, taught, with_group
+from tests.routing.builders import MAX_MODEL_LEN, PACES, finish, new, replica, send, taught, with_group
 
 TAUGHT = taught()
 """Deciding changes nothing that a later decision could see, while nothing is sent or ends."""
 
-paces = st.builds(StepPace, *(st.floats(0, most) for most in (0.1, 1e-3, 1e-4, 1e-3)))
 loads = st.lists(
     st.builds(
         replica,
@@ -31,8 +29,7 @@ loads = st.lists(
         used=st.integers(0, 2000),
         total=st.just(2000),
         peak=st.none() | st.floats(0, 2500),
-        pace=paces,
-        ranks=st.sampled_from([1, 2, 8]),
+        placement=st.sampled_from(sorted(PACES)),
         seats=st.sampled_from([16, 64]),
         groups=st.sampled_from([1, 2]),
     ),
@@ -95,7 +92,7 @@ def test_a_replica_that_would_run_out_of_kv_is_chosen_only_when_all_would(
     candidates: list[ReplicaLoad],
 ) -> None:
     full = [with_group(load, available_blocks=0) for load in candidates]
-    spared = replica("spared", running=15, used=1000, total=2000, pace=StepPace(10.0, 0.1, 0.1, 0.1), seats=16)
+    spared = replica("spared", running=15, used=1000, total=2000, seats=16)
     decision = TAUGHT.choose(request, [*full, spared], 0.0)
     assert decision is not None
     assert decision.replica_id == "spared"
@@ -108,7 +105,7 @@ def test_a_replica_that_would_run_out_of_kv_is_chosen_only_when_all_would(
 @given(requests, loads)
 def test_before_anything_is_known_it_is_the_least_loaded(request: list, candidates: list[ReplicaLoad]) -> None:  # type: ignore[type-arg]
     assert KvGrowth(MAX_MODEL_LEN).choose(request, candidates, 0.0) == least_loaded(candidates)
-    fresh = [replace(candidates[0], pace=None), *candidates[1:]]
+    fresh = [replace(candidates[0], placement="TP2"), *candidates[1:]]
     assert TAUGHT.choose(request, fresh, 0.0) == least_loaded(fresh)
 
 
@@ -129,7 +126,7 @@ def mixed(policy: KvGrowth, busy: int = 120) -> list[ReplicaLoad]:
     """A group of four ranks that has long ones to write, beside two replicas of one rank with nothing to do."""
     for _ in range(busy):
         send(policy, new("high"), "pooled", -1.0).num_output_tokens = 500
-    pooled = replica("pooled", busy, used=busy * 38, total=100_000, peak=24_000, pace=LARGE, ranks=4, own=busy)
+    pooled = replica("pooled", busy, used=busy * 38, total=100_000, peak=24_000, placement="TP4", own=busy)
     return [pooled, replica("a", total=14_000), replica("b", total=14_000)]
 
 
@@ -197,4 +194,3 @@ def test_what_is_open_is_forgotten_when_it_ends() -> None:
         finish(policy, sequence, 20)
         finish(policy, sequence, 20)
     assert policy._open == {}
-    assert SMALL.step_s(1, 0) > LARGE.step_s(1, 0)

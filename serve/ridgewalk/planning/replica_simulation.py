@@ -12,7 +12,7 @@ from ridgewalk.engine.sampling import SamplingParams
 from ridgewalk.engine.scheduler import Scheduler
 from ridgewalk.engine.scheduler_config import SchedulerConfig
 from ridgewalk.engine.step import NO_TOKEN, GroupBatch, GroupOutput, StepInput, StepOutput
-from ridgewalk.engine.step_pace import PaceEstimate
+from ridgewalk.engine.step_meter import StepMeans, StepMeter
 from ridgewalk.placement.cost_model import CostModel, GroupLoad, StepTime
 
 STOP_TOKEN, OTHER_TOKEN = 1, 0
@@ -60,7 +60,7 @@ class ReplicaSimulation:
     def __post_init__(self) -> None:
         """Start idle."""
         self.scheduler = Scheduler(self.config)
-        self.pace = PaceEstimate()
+        self.meter = StepMeter(self.config.block_size)
         self._ended: list[Request] = []
         self._running: dict[int, Request] = {}
         self._lengths: dict[int, int] = {}
@@ -133,7 +133,8 @@ class ReplicaSimulation:
     def _observe_rounds(self, rounds: int, seconds: float) -> None:
         groups = self.scheduler.groups
         number, blocks = sum(len(group.running) for group in groups), sum(group.num_blocks_attended for group in groups)
-        self.pace.observe(seconds, number, blocks + number * rounds / 2 / self.config.block_size, 0, rounds)
+        grown = number * rounds / 2 / self.config.block_size
+        self.meter.add(StepMeans(rounds, seconds, number, blocks + grown, 0))
 
     def _first_tokens_due(self, running: list[Request]) -> bool:
         """In a pipeline, whether a step in flight ends a prompt: its first token comes in that very step."""
@@ -210,10 +211,10 @@ class ReplicaSimulation:
         if self.cost.num_stages == 1:
             total = stages[0].total
             seconds = max(host_s, total) if self.host_overlaps else host_s + total
-            self.pace.observe_step(step, seconds, self.config.block_size)
+            self.meter.observe(step, seconds)
             return self.clock_s + seconds
         seconds = max(host_s, *(stage.total for stage in stages))
-        self.pace.observe_step(step, seconds, self.config.block_size, self.cost.num_stages)
+        self.meter.observe(step, seconds, self.cost.num_stages)
         ready = self._host_free_s = max(self._host_free_s, self.clock_s) + host_s
         for index, stage in enumerate(stages):
             ready = self._stage_free_s[index] = max(self._stage_free_s[index], ready) + stage.total

@@ -51,6 +51,9 @@ class SimulatedRouter:
         for replica in self._replicas.values():
             for request in replica.take_ended():
                 self._end(request)
+            steps = replica.meter.take()
+            if steps is not None:
+                self._policy.on_steps(replica.cost.mesh.name, steps)
             for request in replica.requests:
                 self._open[request.seq_id].num_output_tokens = request.num_output_tokens
         loads = [self._load(replica_id, now_s) for replica_id in self._replicas]
@@ -76,6 +79,7 @@ class SimulatedRouter:
             report = self._reports[replica_id] = _Report(now_s, running, scheduler.predicted_peaks())
         return ReplicaLoad(
             replica_id,
+            replica.cost.mesh.name,
             running,
             scheduler.num_waiting,
             running + scheduler.num_waiting,
@@ -84,7 +88,6 @@ class SimulatedRouter:
             config.block_size,
             replica.cost.mesh.world_size,
             config.enable_prefix_caching,
-            replica.pace.pace(),
         )
 
 

@@ -19,7 +19,7 @@ from ridgewalk.engine.scheduler import RequestTooLargeError
 from ridgewalk.engine.scheduler_config import SchedulerConfig
 from ridgewalk.engine.stats import EngineStats
 from ridgewalk.engine.step import RankTimings
-from ridgewalk.engine.step_pace import StepPace
+from ridgewalk.engine.step_meter import StepMeans
 from ridgewalk.engine.step_result import NewToken, StepResult
 from ridgewalk.replica.call_ledger import CallLedger, CallRecord
 from ridgewalk.replica.channel_server import ChannelServer
@@ -111,7 +111,6 @@ class EngineLoop:
         self._last_report = 0.0
         self._peaks: list[float | None] = [None] * scheduler_config.num_groups  # as predicted for `_num_predicted`
         self._num_predicted = 0  # running sequences
-        self._pace: StepPace | None = None
         self._stopping = False
         self.failure: str | None = None
         self.endpoint, self.epoch = self._channel.endpoint, self._channel.epoch
@@ -342,12 +341,11 @@ class EngineLoop:
         stats = self._core.stats()
         self._recorder.on_stats(stats)
         self._note_peaks([group.predicted_peak_blocks for group in stats.groups])
-        self._pace = self._core.pace.pace()
-        load = self._load()
+        load = self._load(self._core.meter.take())
         for ingress_id in self._channel.ingress_ids():
             self._channel.send(ingress_id, [], load)
 
-    def _load(self) -> LoadReport:
+    def _load(self, steps: StepMeans | None = None) -> LoadReport:
         """The queues as they are; peaks as of the last report, or since then of the last admission.
 
         Frames are many, and a forecast is not free. But what has begun must count before more is sent.
@@ -360,7 +358,7 @@ class EngineLoop:
             for group, peak in zip(scheduler.groups, self._peaks, strict=True)
             for pool in (group.kv.pool,)
         ]
-        return LoadReport(groups, scheduler.num_running, scheduler.num_waiting, self._limit.num_seats, self._pace)
+        return LoadReport(groups, scheduler.num_running, scheduler.num_waiting, self._limit.num_seats, steps)
 
     def _note_peaks(self, peaks: list[float | None]) -> None:
         self._peaks, self._num_predicted = peaks, self._core.scheduler.num_running

@@ -13,7 +13,7 @@ import msgspec
 
 from ridgewalk.engine.sampling import SamplingParams
 from ridgewalk.engine.step import TokenLogprobs
-from ridgewalk.engine.step_pace import StepPace
+from ridgewalk.engine.step_meter import StepMeans
 
 
 class SequenceSpec(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -92,7 +92,7 @@ class LoadReport(msgspec.Struct, frozen=True, array_like=True):
     num_running: int
     num_waiting: int
     num_seats: int  # sequences that may run at once
-    pace: StepPace | None = None  # None: too few steps yet to know
+    steps: StepMeans | None = None  # since the report before; None: none, or this is no report but comes with tokens
 
 
 class Introduction(msgspec.Struct, frozen=True):

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from typing import Protocol
 
 import msgspec
 import zmq
 from ray.serve.handle import DeploymentHandle
 
+from ridgewalk.engine.step_meter import StepMeans
 from ridgewalk.replica.protocol import Attach, ChannelAddress, Finish, Frame, LoadReport, Resend, TokenChunk
 from ridgewalk.routing.replica_load import GroupKV, ReplicaLoad
 
 SILENT_AFTER_S = 3.0
 """A replica reports every 100 ms; one not heard for so long is connected to anew."""
+
+
+MAX_STEP_REPORTS = 64
+"""Kept while nobody asks for them; older ones are forgotten."""
 
 
 class Subscriber(Protocol):
@@ -49,6 +55,7 @@ class ReplicaLink:
         self._attach = attach
         self._subscribers: dict[str, tuple[Subscriber, int]] = {}  # by request id; with its number of sequences
         self._avoided_until = 0.0
+        self._steps: deque[StepMeans] = deque(maxlen=MAX_STEP_REPORTS)
         self._encoder = msgspec.msgpack.Encoder()
         self._decoder = msgspec.msgpack.Decoder(Frame)
         self._socket = context.socket(zmq.DEALER)
@@ -108,6 +115,7 @@ class ReplicaLink:
         assert load is not None
         return ReplicaLoad(
             self.replica_id,
+            self.placement,
             load.num_running,
             load.num_waiting,
             sum(count for _, count in self._subscribers.values()),
@@ -119,8 +127,13 @@ class ReplicaLink:
             self._address.block_size,
             self._address.num_ranks,
             self._address.caches_prefixes,
-            load.pace,
         )
+
+    def take_steps(self) -> list[StepMeans]:
+        """What the replica reported of its steps since the last call."""
+        steps = list(self._steps)
+        self._steps.clear()
+        return steps
 
     def close(self) -> None:
         """Disconnect and tell everybody who follows a call. Idempotent."""
@@ -146,6 +159,8 @@ class ReplicaLink:
     def _take(self, frame: Frame) -> None:
         self._last_heard = self._event_loop.time()
         self.load = frame.load
+        if frame.load.steps is not None:
+            self._steps.append(frame.load.steps)
         for chunk in frame.chunks:
             subscriber = self._subscribers.get(chunk.request_id)
             if subscriber is not None:

@@ -9,9 +9,9 @@ reasoner seeks the fastest steps that it can get, in big groups, and a short req
 its own seconds are few, wherever it runs.
 
 Latency is predicted as  wait + prompt tokens not cached x prefill time + output tokens x step time.  Step time is the
-replica's own `StepPace`, synchronization included; output tokens are those of the request's class (`OutputLengths`,
-learned from what ended here). One more sequence makes each step longer by its own terms of the pace, and for as many
-steps as both are there.
+placement's `StepPace`, synchronization included, as measured on all its replicas; output tokens are those of the
+request's class (`OutputLengths`, learned from what ended here). One more sequence makes each step longer by its own
+terms of the pace, and for as many steps as both are there.
 
 A replica has room when a seat is free and the predicted peak of KV use of some attention group, what was sent since
 the report included, leaves place for the request at its expected end. Those without room take nothing while another
@@ -26,13 +26,14 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from ridgewalk.engine.output_lengths import Array
-from ridgewalk.engine.step_pace import StepPace
+from ridgewalk.engine.step_meter import StepMeans
 from ridgewalk.routing.decision import RoutingDecision, RoutingReason
 from ridgewalk.routing.least_loaded import least_loaded
 from ridgewalk.routing.length_forecast import LengthForecast
 from ridgewalk.routing.open_sequence import NewSequence, OpenSequence
 from ridgewalk.routing.prefix_index import PrefixIndex
 from ridgewalk.routing.replica_load import ReplicaLoad
+from ridgewalk.routing.step_pace import PaceEstimate, StepPace
 
 REFRESH_S = 0.25
 """How long what is known of open sequences stands: some tens of tokens of each."""
@@ -76,28 +77,35 @@ class _Option:
 
 
 class KvGrowth:
-    """Implements `RoutingPolicy`. Until it has seen a sequence end, and while a replica's pace is not known, it chooses
-    as `least_loaded`. Memory is bounded by what is open, and by `PrefixIndex`."""
+    """Implements `RoutingPolicy`. Until it has seen a sequence end, and while a placement's pace is not known, it
+    chooses as `least_loaded`. Memory is bounded by what is open, and by `PrefixIndex`."""
 
     def __init__(self, max_model_len: int) -> None:
         self._lengths = LengthForecast(max_model_len)
         self._prefixes = PrefixIndex()
         self._open: dict[str, _Open] = {}
         self._refreshed = -np.inf
+        self._estimates: dict[str, PaceEstimate] = {}  # by placement
+        self._paces: dict[str, StepPace] = {}
 
     def choose(
         self, request: Sequence[NewSequence], loads: Sequence[ReplicaLoad], now: float
     ) -> RoutingDecision | None:
         """The replica for a request; None when there is none. ``now``: monotonic seconds."""
-        paces = {load.replica_id: load.pace for load in loads if load.pace is not None}
-        if len(loads) < 2 or len(paces) < len(loads) or self._lengths.num_seen == 0:
-            return least_loaded(loads)
         self._refresh(now)
+        if len(loads) < 2 or self._lengths.num_seen == 0 or any(load.placement not in self._paces for load in loads):
+            return least_loaded(loads)
         growth = self._growth(request)
         seen = self._prefixes.cached_tokens(request[0].prefix)
         cached = {load.replica_id: seen.get(load.replica_id, 0) if load.caches_prefixes else 0 for load in loads}
-        options = [self._rate(growth, load, paces[load.replica_id], cached[load.replica_id], now) for load in loads]
+        options = [
+            self._rate(growth, load, self._paces[load.placement], cached[load.replica_id], now) for load in loads
+        ]
         return _decide(options)
+
+    def on_steps(self, placement: str, steps: StepMeans) -> None:
+        """Learn how long steps take."""
+        self._estimates.setdefault(placement, PaceEstimate()).observe(steps)
 
     def on_sent(self, sequence: OpenSequence) -> None:
         """It counts from now on."""
@@ -124,6 +132,8 @@ class KvGrowth:
         if now - self._refreshed >= REFRESH_S:
             self._refreshed = now
             self._lengths.refresh(each for there in self._open.values() for each in there.sequences)
+            paces = {placement: estimate.pace() for placement, estimate in self._estimates.items()}
+            self._paces = {placement: pace for placement, pace in paces.items() if pace is not None}
         for there in self._open.values():
             if now - there.refreshed < REFRESH_S:
                 continue

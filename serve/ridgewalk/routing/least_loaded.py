@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from ridgewalk.engine.step_meter import StepMeans
 from ridgewalk.routing.decision import RoutingDecision, RoutingReason
 from ridgewalk.routing.open_sequence import NewSequence, OpenSequence
 from ridgewalk.routing.replica_load import ReplicaLoad
@@ -17,6 +18,9 @@ class LeastLoaded:
     ) -> RoutingDecision | None:
         """See `least_loaded`."""
         return least_loaded(loads)
+
+    def on_steps(self, placement: str, steps: StepMeans) -> None:
+        """Nothing to learn."""
 
     def on_sent(self, sequence: OpenSequence) -> None:
         """Nothing to note."""

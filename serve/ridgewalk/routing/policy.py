@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
+from ridgewalk.engine.step_meter import StepMeans
 from ridgewalk.routing.decision import RoutingDecision, RoutingName
 from ridgewalk.routing.kv_growth import KvGrowth
 from ridgewalk.routing.least_loaded import LeastLoaded
@@ -20,6 +21,10 @@ class RoutingPolicy(Protocol):
         self, request: Sequence[NewSequence], loads: Sequence[ReplicaLoad], now: float
     ) -> RoutingDecision | None:
         """The replica for all sequences of a request; None only when ``loads`` is empty."""
+        ...
+
+    def on_steps(self, placement: str, steps: StepMeans) -> None:
+        """A replica of a placement reports its steps."""
         ...
 
     def on_sent(self, sequence: OpenSequence) -> None:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ridgewalk.engine.step_pace import StepPace
-
 
 @dataclass(frozen=True)
 class GroupKV:
@@ -27,6 +25,7 @@ class ReplicaLoad:
     """One replica: its last report, and what this ingress sent since."""
 
     replica_id: str
+    placement: str
     num_running: int
     num_waiting: int
     num_own: int  # sequences that this ingress has open there: some of them may not be reported yet
@@ -35,7 +34,6 @@ class ReplicaLoad:
     block_size: int = 16
     num_ranks: int = 1
     caches_prefixes: bool = True
-    pace: StepPace | None = None  # None: it has run too few steps to know
 
     @property
     def num_sequences(self) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from ridgewalk.engine.step_meter import StepMeans
 from ridgewalk.routing.decision import RoutingDecision, RoutingReason
 from ridgewalk.routing.open_sequence import NewSequence, OpenSequence
 from ridgewalk.routing.replica_load import ReplicaLoad
@@ -24,6 +25,9 @@ class RoundRobin:
             return None
         self._last = next((replica_id for replica_id in ids if replica_id > self._last), ids[0])
         return RoutingDecision(self._last, RoutingReason.ONLY if len(ids) == 1 else RoutingReason.NEXT)
+
+    def on_steps(self, placement: str, steps: StepMeans) -> None:
+        """Nothing to learn."""
 
     def on_sent(self, sequence: OpenSequence) -> None:
         """Nothing to note."""

@@ -1,23 +1,26 @@
-"""How long a replica's steps take, as a sum of four terms that are learned from its own steps."""
+"""How long the steps of a placement take, as a sum of four terms that are learned from what its replicas report."""
 
 from __future__ import annotations
 
-import msgspec
+from dataclasses import dataclass
+
 import numpy as np
 
-from ridgewalk.engine.step import StepInput
+from ridgewalk.engine.step_meter import StepMeans
 
-HALF_LIFE = 2000
+HALF_LIFE = 8000
 """Steps after which one counts half: contexts grow, and neighbours on the machine come and go."""
 
 RIDGE = 1e-3
-"""Of each term's own weight. Terms that never varied apart from each other share what they explain evenly."""
+"""Of the weight of each term but the base. What never varied is taken for base: a replica that was never busy is
+thought to bear more without getting slower, until it has shown that it does not."""
 
 MIN_STEPS = 8
 """Fewer say nothing yet."""
 
 
-class StepPace(msgspec.Struct, frozen=True, array_like=True):
+@dataclass(frozen=True)
+class StepPace:
     """Seconds from one token of a sequence to its next: a sum over what its replica has to do for all of them.
 
     ``base_s`` is what a step takes however little is in it: reading weights, and waiting for the other ranks.
@@ -42,38 +45,25 @@ class PaceEstimate:
     def __init__(self) -> None:
         self._products = np.zeros((4, 4))
         self._targets = np.zeros(4)
-        self._num_steps = 0.0
+        self._num_steps = 0
         self._decay = 0.5 ** (1 / HALF_LIFE)
 
-    def observe(
-        self, seconds: float, num_sequences: float, num_blocks: float, prefill_tokens: float, steps: int = 1
-    ) -> None:
-        """``steps`` steps alike that took ``seconds`` each."""
-        if seconds <= 0:
+    def observe(self, means: StepMeans) -> None:
+        """Some steps of one replica."""
+        if means.seconds <= 0:
             return
-        features = np.array([1.0, num_sequences, num_blocks, prefill_tokens]) / seconds
-        faded = self._decay**steps
-        weight = (1 - faded) / (1 - self._decay)
-        self._products = self._products * faded + weight * np.outer(features, features)
-        self._targets = self._targets * faded + weight * features
-        self._num_steps += steps
-
-    def observe_step(self, step: StepInput, seconds: float, block_size: int, rounds: int = 1) -> None:
-        """One step. ``rounds``: steps, this one among them, that all sequences need to have one token each."""
-        sequences, tokens, prefill_tokens = 0, 0, 0
-        for batch in step.groups:
-            sequences += len(batch.seq_ids)
-            tokens += sum(batch.num_computed_tokens)
-            scheduled = batch.num_scheduled_tokens
-            prefill_tokens += sum(scheduled) - scheduled.count(1)
-        self.observe(seconds * rounds, sequences * rounds, tokens / block_size * rounds, prefill_tokens * rounds)
+        features = np.array([1.0, means.sequences, means.blocks, means.prefill_tokens]) / means.seconds
+        faded = self._decay**means.steps
+        self._products = self._products * faded + means.steps * np.outer(features, features)
+        self._targets = self._targets * faded + means.steps * features
+        self._num_steps += means.steps
 
     def pace(self) -> StepPace | None:
         """The terms; None before `MIN_STEPS` steps."""
         if self._num_steps < MIN_STEPS:
             return None
         scale = np.sqrt(np.maximum(np.diag(self._products), 1e-300))
-        products = self._products / np.outer(scale, scale) + RIDGE * np.eye(4)
+        products = self._products / np.outer(scale, scale) + RIDGE * np.diag([1e-3, 1.0, 1.0, 1.0])
         targets = self._targets / scale
         terms = [term for term in range(4) if self._products[term, term] > 0]
         found = np.zeros(4)
