@@ -123,7 +123,7 @@ def _row(name: str, seeds: Sequence[Figures]) -> str:
 
 def _cases(arguments: argparse.Namespace) -> Iterator[tuple[str, list[Case]]]:
     for shown in (True, False):
-        for routing in ROUTINGS:
+        for routing in arguments.routings:
             yield f"{'shown' if shown else 'hidden'}, `{routing}`", [
                 Case(
                     arguments.model, arguments.hardware, arguments.placement, arguments.rate, arguments.short,
@@ -143,6 +143,7 @@ def main() -> None:
     parser.add_argument("--short", type=int, default=200, help="median output tokens of nine requests in ten")
     parser.add_argument("--requests", type=int, default=3000)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--routings", nargs="+", choices=ROUTINGS, default=ROUTINGS)
     parser.add_argument("--processes", type=int, default=1)
     arguments = parser.parse_args()
     print(

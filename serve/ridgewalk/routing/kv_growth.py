@@ -92,8 +92,10 @@ class KvGrowth:
         self, request: Sequence[NewSequence], loads: Sequence[ReplicaLoad], now: float
     ) -> RoutingDecision | None:
         """The replica for a request; None when there is none. ``now``: monotonic seconds."""
+        if len(loads) < 2:
+            return least_loaded(loads)
         self._refresh(now)
-        if len(loads) < 2 or self._lengths.num_seen == 0 or any(load.placement not in self._paces for load in loads):
+        if self._lengths.num_seen == 0 or any(load.placement not in self._paces for load in loads):
             return least_loaded(loads)
         growth = self._growth(request)
         seen = self._prefixes.cached_tokens(request[0].prefix)
