@@ -60,8 +60,8 @@ class ReplicaSimulation:
     def __post_init__(self) -> None:
         """Start idle."""
         self.scheduler = Scheduler(self.config)
-        self.meter = StepMeter(self.config.block_size)
-        self._ended: list[Request] = []
+        self.meter: StepMeter | None = None  # of steps, for who learns from them
+        self._ended: list[Request] = []  # while metered
         self._running: dict[int, Request] = {}
         self._lengths: dict[int, int] = {}
         self._open: deque[tuple[StepInput, float]] = deque()  # steps in flight, and when they end
@@ -79,7 +79,7 @@ class ReplicaSimulation:
         return self._running.values()
 
     def take_ended(self) -> list[Request]:
-        """Those that ended since the last call."""
+        """Those that ended since the last call; kept only while steps are metered."""
         ended, self._ended = self._ended, []
         return ended
 
@@ -123,18 +123,19 @@ class ReplicaSimulation:
         # Each round takes as long as the one before and a constant more: all of them, so many times the middle one.
         stages, host_s, seconds = self._round(loads, micro_batches, (rounds - 1) / 2)
         self._account(stages, host_s, rounds * micro_batches)
-        self._observe_rounds(rounds, seconds)
+        if self.meter is not None:
+            self._meter_rounds(self.meter, rounds, seconds)
         stopped = {request for request, count in zip(running, left, strict=True) if count == rounds}
         ended = self.scheduler.advance(rounds, stopped)
         self._pass(rounds * seconds, rounds * micro_batches)
         self._end(ended)
         return True
 
-    def _observe_rounds(self, rounds: int, seconds: float) -> None:
+    def _meter_rounds(self, meter: StepMeter, rounds: int, seconds: float) -> None:
         groups = self.scheduler.groups
         number, blocks = sum(len(group.running) for group in groups), sum(group.num_blocks_attended for group in groups)
         grown = number * rounds / 2 / self.config.block_size
-        self.meter.add(StepMeans(rounds, seconds, number, blocks + grown, 0))
+        meter.add(StepMeans(rounds, seconds, number, blocks + grown, 0))
 
     def _first_tokens_due(self, running: list[Request]) -> bool:
         """In a pipeline, whether a step in flight ends a prompt: its first token comes in that very step."""
@@ -211,10 +212,12 @@ class ReplicaSimulation:
         if self.cost.num_stages == 1:
             total = stages[0].total
             seconds = max(host_s, total) if self.host_overlaps else host_s + total
-            self.meter.observe(step, seconds)
+            if self.meter is not None:
+                self.meter.observe(step, seconds)
             return self.clock_s + seconds
-        seconds = max(host_s, *(stage.total for stage in stages))
-        self.meter.observe(step, seconds, self.cost.num_stages)
+        if self.meter is not None:
+            seconds = max(host_s, *(stage.total for stage in stages))
+            self.meter.observe(step, seconds, self.cost.num_stages)
         ready = self._host_free_s = max(self._host_free_s, self.clock_s) + host_s
         for index, stage in enumerate(stages):
             ready = self._stage_free_s[index] = max(self._stage_free_s[index], ready) + stage.total
@@ -237,7 +240,8 @@ class ReplicaSimulation:
         for request in ended:
             self.logs[request.seq_id].end_s = self.clock_s
             del self._running[request.seq_id]
-        self._ended += ended
+        if self.meter is not None:
+            self._ended += ended
 
     def _account(self, stages: list[StepTime], host_s: float, steps: float) -> None:
         for term in fields(StepTime):

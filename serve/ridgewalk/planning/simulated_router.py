@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ridgewalk.engine.request import FinishReason, Request
 from ridgewalk.engine.scheduler import AttentionGroup
+from ridgewalk.engine.step_meter import StepMeter
 from ridgewalk.planning.replica_simulation import ReplicaSimulation
 from ridgewalk.routing.open_sequence import NewSequence, OpenSequence
 from ridgewalk.routing.policy import RoutingPolicy
@@ -16,7 +18,7 @@ WAITING_WEIGHT = 4
 """A waiting request weighs as much as so many running ones when a replica is chosen: vLLM's data-parallel balancer."""
 
 REPORT_EVERY_S = 0.1
-"""How old a predicted peak may be while nothing begins, as in service."""
+"""How old predicted peaks may be while nothing begins, and what is known of steps, as in service."""
 
 
 class VllmBalancer:
@@ -38,11 +40,14 @@ class _Report:
 
 
 class SimulatedRouter:
-    """One ingress with a `RoutingPolicy`, that hears of everything at once and of predicted peaks as in service."""
+    """One ingress with a `RoutingPolicy`. It hears of queues and of ends at once, of all else every so often."""
 
     def __init__(self, policy: RoutingPolicy, replicas: Sequence[ReplicaSimulation]) -> None:
         self._policy = policy
         self._replicas = {str(index): replica for index, replica in enumerate(replicas)}
+        for replica in replicas:
+            replica.meter = StepMeter(replica.config.block_size)
+        self._heard_s = -math.inf  # when it last heard of tokens and steps
         self._reports: dict[str, _Report] = {}
         self._open: dict[int, OpenSequence] = {}  # by seq_id
 
@@ -51,11 +56,8 @@ class SimulatedRouter:
         for replica in self._replicas.values():
             for request in replica.take_ended():
                 self._end(request)
-            steps = replica.meter.take()
-            if steps is not None:
-                self._policy.on_steps(replica.cost.mesh.name, steps)
-            for request in replica.requests:
-                self._open[request.seq_id].num_output_tokens = request.num_output_tokens
+        if now_s >= self._heard_s + REPORT_EVERY_S:
+            self._hear(now_s)
         loads = [self._load(replica_id, now_s) for replica_id in self._replicas]
         sampling = next(iter(self._replicas.values())).sampling(effort)
         new = NewSequence.of(sampling, prompt_length)
@@ -64,6 +66,15 @@ class SimulatedRouter:
         self._open[seq_id] = OpenSequence(new, decision.replica_id, now_s, 0)
         self._policy.on_sent(self._open[seq_id])
         return self._replicas[decision.replica_id]
+
+    def _hear(self, now_s: float) -> None:
+        self._heard_s = now_s
+        for replica in self._replicas.values():
+            steps = replica.meter.take() if replica.meter is not None else None
+            if steps is not None:
+                self._policy.on_steps(replica.cost.mesh.name, steps)
+            for request in replica.requests:
+                self._open[request.seq_id].num_output_tokens = request.num_output_tokens
 
     def _end(self, request: Request) -> None:
         sequence = self._open.pop(request.seq_id)
