@@ -46,7 +46,7 @@ class Policy:
         self.asked.append((request, [load.replica_id for load in loads]))
         return RoutingDecision(loads[-1].replica_id, RoutingReason.POOLED_KV) if loads else None
 
-    def on_steps(self, placement: str, steps: StepMeans) -> None:
+    def on_steps(self, replica_id: str, placement: str, steps: StepMeans) -> None:
         self.steps.append((placement, steps))
 
     def on_sent(self, sequence: OpenSequence) -> None:

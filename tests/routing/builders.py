@@ -62,7 +62,7 @@ def teach_paces(policy: KvGrowth) -> None:
             for blocks in (10 * sequences, 50 * sequences):
                 for prefill in (0, 1000):
                     seconds = pace.step_s(sequences, blocks) + prefill * pace.prefill_token_s
-                    policy.on_steps(placement, StepMeans(100, seconds, sequences, blocks, prefill))
+                    policy.on_steps("gone", placement, StepMeans(100, seconds, sequences, blocks, prefill))
 
 
 def send(policy: KvGrowth, sequence: NewSequence, replica_id: str, now: float) -> OpenSequence:

@@ -69,10 +69,10 @@ class SimulatedRouter:
 
     def _hear(self, now_s: float) -> None:
         self._heard_s = now_s
-        for replica in self._replicas.values():
+        for replica_id, replica in self._replicas.items():
             steps = replica.meter.take() if replica.meter is not None else None
             if steps is not None:
-                self._policy.on_steps(replica.cost.mesh.name, steps)
+                self._policy.on_steps(replica_id, replica.cost.mesh.name, steps)
             for request in replica.requests:
                 self._open[request.seq_id].num_output_tokens = request.num_output_tokens
 

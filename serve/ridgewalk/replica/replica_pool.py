@@ -87,7 +87,7 @@ class ReplicaPool:
         """The replica for a request's sequences, or None while there is none beside the ``excluded`` ids."""
         for each in self._links.values():
             for steps in each.take_steps():
-                self._policy.on_steps(each.placement, steps)
+                self._policy.on_steps(each.replica_id, each.placement, steps)
         loads = [link.routing_load() for link in self._routable(excluded)]
         decision = self._policy.choose(request, loads, asyncio.get_running_loop().time())
         if decision is None:

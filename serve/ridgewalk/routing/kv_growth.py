@@ -38,6 +38,9 @@ from ridgewalk.routing.step_pace import PaceEstimate, StepPace
 REFRESH_S = 0.25
 """How long what is known of open sequences stands: some tens of tokens of each."""
 
+PREFILL_HALF_LIFE = 64
+"""Steps after which prompts that a replica computed count half: a second or two."""
+
 
 @dataclass(frozen=True)
 class _Growth:
@@ -62,6 +65,7 @@ class _Open:
     refreshed: float = -np.inf
     remaining: Array = field(default_factory=lambda: np.zeros(0))  # output tokens
     sent_at: Array = field(default_factory=lambda: np.zeros(0))
+    prefill_tokens: float = 0.0  # of a step, lately
     pending_tokens: float = 0.0  # that those which have no output yet will have at their end
     num_pending: int = 0
 
@@ -105,8 +109,12 @@ class KvGrowth:
         ]
         return _decide(options)
 
-    def on_steps(self, placement: str, steps: StepMeans) -> None:
-        """Learn how long steps take."""
+    def on_steps(self, replica_id: str, placement: str, steps: StepMeans) -> None:
+        """Learn how long steps take, and how many prompt tokens the replica computes beside them."""
+        there = self._open.get(replica_id)
+        if there is not None:
+            faded = 0.5 ** (steps.steps / PREFILL_HALF_LIFE)
+            there.prefill_tokens = faded * there.prefill_tokens + (1 - faded) * steps.prefill_tokens
         self._estimates.setdefault(placement, PaceEstimate()).observe(steps)
 
     def on_sent(self, sequence: OpenSequence) -> None:
@@ -169,7 +177,8 @@ class KvGrowth:
         has_room = excess <= 0 and load.num_sequences + growth.count <= load.num_seats
         used = load.total_blocks - load.available_blocks
         per_step = _per_step(growth, pace, load.block_size)
-        step_s = pace.step_s(min(load.num_sequences, load.num_seats), used) + growth.count * per_step
+        prefill_s = pace.prefill_token_s * there.prefill_tokens  # of others, as it has been
+        step_s = pace.step_s(min(load.num_sequences, load.num_seats), used) + prefill_s + growth.count * per_step
         wait_s = 0.0 if has_room else _wait_s(growth, load, pending, each, max(excess, 0.0), step_s)
         costs = [
             self._cost(growth, load, there, wait_s, pace.prefill_token_s * tokens, step_s, per_step, now)

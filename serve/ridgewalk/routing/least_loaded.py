@@ -19,7 +19,7 @@ class LeastLoaded:
         """See `least_loaded`."""
         return least_loaded(loads)
 
-    def on_steps(self, placement: str, steps: StepMeans) -> None:
+    def on_steps(self, replica_id: str, placement: str, steps: StepMeans) -> None:
         """Nothing to learn."""
 
     def on_sent(self, sequence: OpenSequence) -> None:

@@ -23,7 +23,7 @@ class RoutingPolicy(Protocol):
         """The replica for all sequences of a request; None only when ``loads`` is empty."""
         ...
 
-    def on_steps(self, placement: str, steps: StepMeans) -> None:
+    def on_steps(self, replica_id: str, placement: str, steps: StepMeans) -> None:
         """A replica of a placement reports its steps."""
         ...
 

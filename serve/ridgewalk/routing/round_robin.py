@@ -26,7 +26,7 @@ class RoundRobin:
         self._last = next((replica_id for replica_id in ids if replica_id > self._last), ids[0])
         return RoutingDecision(self._last, RoutingReason.ONLY if len(ids) == 1 else RoutingReason.NEXT)
 
-    def on_steps(self, placement: str, steps: StepMeans) -> None:
+    def on_steps(self, replica_id: str, placement: str, steps: StepMeans) -> None:
         """Nothing to learn."""
 
     def on_sent(self, sequence: OpenSequence) -> None:
