@@ -17,8 +17,8 @@ ALLOWED = {
     "placement": {"placement", "machine"},
     "metrics": {"metrics", "placement", "engine", "replica", "api", "routing"},  # others for type checking only
     "engine": {"engine"},
-    "routing": {"routing"},
-    "planning": {"planning", "placement", "engine", "bench", "config", "model_source", "zoo"},
+    "routing": {"routing", "engine"},
+    "planning": {"planning", "placement", "engine", "routing", "bench", "config", "model_source", "zoo"},
     "kernels": {"kernels", "machine"},
     "parallel": {"parallel", "placement", "kernels"},
     "model": {"model", "engine", "parallel", "kernels", "placement"},

@@ -61,6 +61,7 @@ WRONG = {
     "--max-num-batched-tokens": "0",
     "--block-size": "0",
     "--admission": "hopeful",
+    "--routing": "nearest",
     "--max-waiting": "0",
     "--port": "0",
     "--ingress-replicas": "0",

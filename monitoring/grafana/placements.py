@@ -60,7 +60,8 @@ PLACEMENTS = Board(
                 Panel(
                     "Decisions, by reason",
                     "Why the router chose as it did.",
-                    "A reason that dominates shows what the router follows; compare with KV use below.",
+                    "*pooled_kv*: the long found big groups; *fewer_ranks*: the short kept out of their way. "
+                    "*kv_cliff* or *all_full* grow: KV runs out, add replicas. *least_loaded*: it has yet to learn.",
                     "reqps",
                     (
                         Query(

@@ -38,6 +38,7 @@ from ridgewalk.replica.engine_config import EngineConfig
 from ridgewalk.replica.engine_replica import EngineReplica
 from ridgewalk.replica.host import memory_bytes
 from ridgewalk.replica.sizing import size_cache
+from ridgewalk.routing.decision import RoutingName
 
 logger = logging.getLogger(__name__)
 
@@ -67,6 +68,7 @@ class PlannedModel:
     name: str
     path: Path
     max_model_len: int
+    routing: RoutingName
     placements: list[PlannedPlacement]
 
 
@@ -220,7 +222,7 @@ def _resolve_model(model: ModelConfig, host: _Host) -> PlannedModel:
         raise ConfigError(str(error)) from None
     except (OSError, ValueError) as error:
         raise ConfigError(f"model {name}: {error}") from None
-    return PlannedModel(name, path, max_model_len, placements)
+    return PlannedModel(name, path, max_model_len, model.routing, placements)
 
 
 def _resolve_placement(
@@ -319,7 +321,7 @@ def _place_experts(
 
 def _ingress_model(model: PlannedModel) -> IngressModel:
     num_replicas = {placement.engine.placement: placement.replicas for placement in model.placements}
-    return IngressModel(model.name, str(model.path), model.max_model_len, num_replicas)
+    return IngressModel(model.name, str(model.path), model.max_model_len, num_replicas, model.routing)
 
 
 def _deployment_name(model: str, placement: str) -> str:

@@ -157,6 +157,13 @@ def serve(
             help="For that plan: 8xh200, or a file. Default: this machine, once `ridgewalk calibrate` has measured it.",
         ),
     ] = None,
+    routing: Annotated[
+        str,
+        typer.Option(
+            rich_help_panel=ENGINE,
+            help="kv_growth: by how long each replica and request delay each other; least_loaded; round_robin.",
+        ),
+    ] = "kv_growth",
     max_waiting: Annotated[
         int, typer.Option(rich_help_panel=ENGINE, help="Waiting sequences per model; beyond it clients get 429.")
     ] = 2048,

@@ -13,6 +13,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from ridgewalk.engine.scheduler_config import AdmissionName
 from ridgewalk.placement.mesh import Mesh, placement_name
+from ridgewalk.routing.decision import RoutingName
 
 LONGEST_STREAM_S = 3600.0
 """Replicas drain, and HAProxy keeps the workers of before a reload, for at least so long."""
@@ -126,6 +127,7 @@ class ModelConfig(_Strict):
     block_size: int = Field(16, ge=1)
     enable_prefix_caching: bool = True
     admission: AdmissionName = "predictive"  # by the predicted peak of KV use, or by the prompt alone (prompt_only)
+    routing: RoutingName = "kv_growth"  # which replica takes a request: see `ridgewalk.routing`
     max_waiting: int = Field(2048, ge=1)  # waiting sequences per model; beyond it requests get 429
     workload: str = "reasoning"  # what placements are planned for where none are listed
     placements: list[PlacementConfig] = []  # none: planned when the service starts

@@ -8,6 +8,7 @@ import sys
 import pytest
 
 from ridgewalk.metrics.catalogue import CATALOGUE, LABELS, MetricSpec
+from ridgewalk.routing.decision import RoutingReason
 
 
 def test_names_are_unique() -> None:
@@ -28,6 +29,11 @@ def test_names_units_labels_and_buckets_agree(spec: MetricSpec) -> None:
 
 def test_no_label_is_described_in_vain() -> None:
     assert set(LABELS) == {label for spec in CATALOGUE for label in spec.labels}
+
+
+def test_every_reason_of_the_router_is_listed() -> None:
+    listed = LABELS["reason"].removesuffix(".").split(": ")[1].split(" | ")
+    assert set(listed) == {reason.value for reason in RoutingReason}
 
 
 def test_collectives_are_seen_from_10_us_to_1_s() -> None:

@@ -55,9 +55,10 @@ class Ingress:
     async def start(self) -> Ingress:
         self.introduction = Introduction(self._name, f"secret-{self._name}", await self.server.start("127.0.0.1"))
         self.backend = ServiceBackend(
-            [SimpleNamespace(name="m")],  # type: ignore[list-item]
+            [SimpleNamespace(name="m", max_model_len=64)],  # type: ignore[list-item]
             {"m": {"TP1": self._replicas}},  # type: ignore[dict-item]
             EXPECTED,
+            {"m": "kv_growth"},
             self.metrics,
             self.introduction,
             self.server,

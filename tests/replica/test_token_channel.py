@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable
 
 import msgspec
 import pytest
@@ -18,10 +18,12 @@ from ridgewalk.engine.sampling import SamplingParams
 from ridgewalk.engine.scheduler_config import SchedulerConfig
 from ridgewalk.engine.stats import EngineStats
 from ridgewalk.engine.step import RankTimings, StepOutput
+from ridgewalk.engine.step_meter import StepMeans
 from ridgewalk.replica.engine_loop import EngineLoop
 from ridgewalk.replica.protocol import Attach, ChannelAddress, Frame, GenerateCall, GenerateReply, Introduction
 from ridgewalk.replica.replica_link import ReplicaLink
 from ridgewalk.replica.request_stream import RequestStream
+from ridgewalk.routing.open_sequence import NewSequence, OpenSequence
 from tests.engine.fake_ranks import FakeExecutor, next_token
 
 BLOCK_SIZE = 4
@@ -118,9 +120,18 @@ class Pool:
 
     def __init__(self, links: list[ReplicaLink]) -> None:
         self.links = links
+        self.sent: list[OpenSequence] = []
+        self.ended: list[tuple[int, bool]] = []  # output tokens, and whether it ended by itself
 
-    def choose(self, excluded: Collection[str] = ()) -> ReplicaLink | None:
+    def choose(self, request: Iterable[NewSequence], excluded: Collection[str] = ()) -> ReplicaLink | None:
         return next((link for link in self.links if link.routable and link.replica_id not in excluded), None)
+
+    def on_sent(self, new: NewSequence, link: ReplicaLink) -> OpenSequence:
+        self.sent.append(OpenSequence(new, link.replica_id, 0.0, new.num_resumed_tokens))
+        return self.sent[-1]
+
+    def on_ended(self, sequence: OpenSequence, stopped: bool) -> None:
+        self.ended.append((sequence.num_output_tokens, stopped))
 
     async def wait_ready(self, timeout_s: float) -> bool:
         return False
@@ -141,7 +152,7 @@ async def connect(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Connect]:
         for number in range(count):
             replica = Replica(f"r{number}", **options)
             replica.loop.introduce(Introduction("ingress", "secret", "127.0.0.1:9"))
-            address = ChannelAddress(replica.loop.endpoint, replica.loop.epoch)
+            address = ChannelAddress(replica.loop.endpoint, replica.loop.epoch, BLOCK_SIZE, 1, True)
             links.append(ReplicaLink(context, replica, "TP1", f"r{number}", Attach("ingress", "secret"), address))  # type: ignore[arg-type]
             replicas.append(replica)
             await until(lambda: links[-1].routable)
@@ -177,6 +188,11 @@ def expected(prompt: list[int], max_tokens: int) -> list[int]:
     return tokens[len(prompt) :]
 
 
+def len_until_stop(prompt: list[int], sampling: SamplingParams) -> int:
+    tokens = expected(prompt, sampling.max_tokens)
+    return next((at for at, token in enumerate(tokens, 1) if token in sampling.stop_token_ids), len(tokens))
+
+
 async def until(condition: Callable[[], bool]) -> None:
     deadline = asyncio.get_running_loop().time() + 60
     while not condition():
@@ -190,6 +206,33 @@ async def test_every_token_of_every_sequence_arrives_once(connect: Connect) -> N
     tokens, reasons = await collect(stream(pool, prompts), 3)
     assert tokens == [expected(prompt, 8) for prompt in prompts]
     assert reasons == ["length"] * 3
+
+
+async def test_the_router_hears_of_every_sequence_once_with_its_length_and_whether_it_ended_by_itself(
+    connect: Connect,
+) -> None:
+    pool, _ = await connect()
+    natural = SamplingParams(max_tokens=8, stop_token_ids=(expected([4], 3)[2],))
+    sequences = [Sequence([4], natural), Sequence([1, 2, 3], SamplingParams(max_tokens=6))]
+    await collect(RequestStream(pool, "ingress", "r", sequences), 2)  # type: ignore[arg-type]
+    assert [(sent.new.num_prompt_tokens, sent.new.max_tokens, sent.new.may_stop) for sent in pool.sent] == [
+        (1, 8, True),
+        (3, 6, False),
+    ]
+    assert sorted(pool.ended) == [(len_until_stop([4], natural), True), (6, False)]
+
+
+async def test_reports_say_how_long_steps_take(connect: Connect) -> None:
+    pool, _ = await connect()
+    link = pool.links[0]
+    await collect(stream(pool, [[1], [2]], 60), 2)
+    reported: list[StepMeans] = []
+    await until(lambda: (reported.extend(link.take_steps()), sum(means.steps for means in reported) >= 60)[1])
+    assert sum(means.steps for means in reported) == 60
+    assert all(means.seconds > 0 and means.sequences <= 2 for means in reported)
+    assert sum(means.steps * means.prefill_tokens for means in reported) == 0  # prompts of one token
+    load = link.routing_load()
+    assert (load.block_size, load.num_ranks, load.total_blocks, load.caches_prefixes) == (BLOCK_SIZE, 1, 64, True)
 
 
 async def test_dropped_frames_are_asked_for_again(connect: Connect) -> None:
@@ -327,7 +370,7 @@ async def test_a_stop_from_the_ingress_ends_one_sequence(connect: Connect) -> No
 async def test_frames_with_another_secret_or_epoch_are_ignored(connect: Connect) -> None:
     pool, (replica,) = await connect()
     link = pool.links[0]
-    link._epoch = "another"
+    link._address = msgspec.structs.replace(link._address, epoch="another")
     load = link.load
     request = stream(pool, [[1]], 2)
     await until(lambda: len(replica.recorder.ended) == 1 or request._error is not None)

@@ -18,6 +18,7 @@ from ridgewalk.logs import configure_logging
 from ridgewalk.metrics.ingress_metrics import IngressMetrics
 from ridgewalk.replica.serve_rank import serve_rank
 from ridgewalk.replica.service_backend import ServiceBackend
+from ridgewalk.routing.decision import RoutingName
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +35,7 @@ class IngressModel(msgspec.Struct, frozen=True):
     path: str  # a folder that every node can read
     max_model_len: int
     num_replicas: dict[str, int]  # that shall run, by placement
+    routing: RoutingName
 
 
 class IngressSettings(msgspec.Struct, frozen=True):
@@ -57,7 +59,8 @@ class Ingress:
             load_served_model(model.name, model.path, max_model_len=model.max_model_len) for model in settings.models
         ]
         expected = {model.name: model.num_replicas for model in settings.models}
-        self._backend = await ServiceBackend.connect(models, handles, expected, self._metrics)
+        routing = {model.name: model.routing for model in settings.models}
+        self._backend = await ServiceBackend.connect(models, handles, expected, routing, self._metrics)
         await self._wait_ready()
 
     def __serve_build_asgi_app__(self) -> ASGIApp:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections import deque
 from collections.abc import Callable
 
 from ridgewalk.engine.executor import Executor
@@ -11,6 +12,8 @@ from ridgewalk.engine.sampling import SamplingParams
 from ridgewalk.engine.scheduler import Scheduler
 from ridgewalk.engine.scheduler_config import SchedulerConfig
 from ridgewalk.engine.stats import EngineStats, snapshot
+from ridgewalk.engine.step import StepInput
+from ridgewalk.engine.step_meter import StepMeter
 from ridgewalk.engine.step_result import StepResult
 
 MEASURE_EVERY = 17
@@ -27,7 +30,9 @@ class EngineCore:
         self.throttled_seconds = 0.0  # time during which work waited for KV blocks alone
         self.last_progress = clock()  # when a step last ended, or work last arrived at an idle engine
         self._clock = clock
+        self.meter = StepMeter(config.block_size)
         self._seq_ids = itertools.count()
+        self._submitted: deque[tuple[StepInput, float]] = deque()  # steps in flight, and when they were given
         self._throttled_since: float | None = None
 
     def add(
@@ -77,12 +82,14 @@ class EngineCore:
         results = [self.scheduler.update(output) for output in self.executor.collect()]
         now = self._clock()
         if results:
+            self._meter_steps(len(results), now)
             self.last_progress = now
         while self.scheduler.num_in_flight < self.scheduler.config.max_steps_in_flight:
             measure = self.scheduler.counters.steps % MEASURE_EVERY == MEASURE_EVERY - 1
             step = self.scheduler.schedule(now, measure)
             if step is None:
                 break
+            self._submitted.append((step, now))
             self.executor.submit(step)
         self._account_throttling(now)
         return results
@@ -90,6 +97,14 @@ class EngineCore:
     def stats(self) -> EngineStats:
         """What the metrics and the router know of this engine."""
         return snapshot(self.scheduler, self.throttled_seconds)
+
+    def _meter_steps(self, num_steps: int, now: float) -> None:
+        """The oldest steps have ended. One that was given ahead began when the one before it ended."""
+        config = self.scheduler.config
+        rounds = config.max_steps_in_flight if config.micro_batches else 1
+        seconds = (now - max(self.last_progress, self._submitted[0][1])) / num_steps
+        for _ in range(num_steps):
+            self.meter.observe(self._submitted.popleft()[0], seconds, rounds)
 
     def _account_throttling(self, now: float) -> None:
         if self._throttled_since is not None:

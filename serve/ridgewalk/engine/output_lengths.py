@@ -12,13 +12,14 @@ Where a class has seen little, its hazard leans on that of the wider class, and 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from ridgewalk.engine.request import FinishReason, Request
+from ridgewalk.engine.sampling import SamplingParams
 
 Array = npt.NDArray[np.float64]
 
@@ -84,13 +85,17 @@ class LengthClass(NamedTuple):
 
 def length_class(request: Request) -> LengthClass:
     """The class of a request."""
-    sampling = request.sampling
+    return class_of(request.sampling, request.num_prompt_tokens)
+
+
+def class_of(sampling: SamplingParams, num_prompt_tokens: int) -> LengthClass:
+    """The class of what is asked with a prompt so long."""
     reasoning = sampling.reasoning.max_tokens if sampling.reasoning is not None else 0
     return LengthClass(
         (sampling.max_tokens - 1).bit_length(),
         reasoning.bit_length(),
         sampling.reasoning_effort,
-        (request.num_prompt_tokens.bit_length() + 1) // 2,
+        (num_prompt_tokens.bit_length() + 1) // 2,
     )
 
 
@@ -99,7 +104,7 @@ class OutputLengths:
 
     def __init__(self, max_model_len: int) -> None:
         self._grid = length_grid(max_model_len)
-        self._edges = self._grid.astype(np.float64)
+        self.edges = self._grid.astype(np.float64)  # of `curve`
         self._counts: dict[tuple[object, ...], Array] = {(): self._no_counts()}  # entered, stopped, censored by bucket
         self._seen = dict(self._counts)  # with what runs now
         self._curves: dict[LengthClass, Array] = {}
@@ -111,15 +116,20 @@ class OutputLengths:
 
     def observe(self, request: Request) -> None:
         """Count a request that ended."""
-        row = _STOPPED if request.finish_reason is FinishReason.STOP else _CENSORED
-        for key in length_class(request).lineage:
+        stopped = request.finish_reason is FinishReason.STOP
+        self.observe_length(length_class(request), request.num_resumed_tokens, request.num_output_tokens, stopped)
+
+    def observe_length(self, kind: LengthClass, first: int, last: int, stopped: bool) -> None:
+        """Count an output that was followed from ``first`` tokens on to ``last``; not ``stopped``: it was cut there."""
+        row = _STOPPED if stopped else _CENSORED
+        for key in kind.lineage:
             counts = self._counts.get(key)
             if counts is None:
                 if len(self._counts) >= MAX_CLASSES:
                     break
                 counts = self._counts[key] = self._no_counts()
-            counts[_ENTERED, self._bucket(request.num_resumed_tokens)] += 1
-            counts[row, self._bucket(request.num_output_tokens)] += 1
+            counts[_ENTERED, self._bucket(first)] += 1
+            counts[row, self._bucket(last)] += 1
         self._num_ended += 1
         if self._num_ended >= MEMORY:
             self._num_ended //= 2
@@ -128,10 +138,11 @@ class OutputLengths:
 
     def refresh(self, running: Sequence[Request]) -> None:
         """Estimate anew, with what runs now as censored."""
-        opened = Counter(
-            (length_class(request), self._bucket(request.num_resumed_tokens), self._bucket(request.num_output_tokens))
-            for request in running
-        )
+        self.refresh_with((length_class(each), each.num_resumed_tokens, each.num_output_tokens) for each in running)
+
+    def refresh_with(self, running: Iterable[tuple[LengthClass, int, int]]) -> None:
+        """As `refresh`: class, tokens that it came with, and tokens so far, of each output."""
+        opened = Counter((kind, self._bucket(first), self._bucket(last)) for kind, first, last in running)
         self._seen = dict(self._counts)
         added: set[tuple[object, ...]] = set()
         for (kind, first, last), count in opened.items():
@@ -153,8 +164,8 @@ class OutputLengths:
         for kind, rows in by_class.items():
             curve = self.curve(kind)
             have = np.array([requests[row].num_output_tokens for row in rows])
-            now = np.interp(have, self._edges, curve)
-            then = np.interp(have[:, None] + times[None, :], self._edges, curve)
+            now = np.interp(have, self.edges, curve)
+            then = np.interp(have[:, None] + times[None, :], self.edges, curve)
             alive[rows] = then / np.maximum(now, 1e-12)[:, None]
         return alive
 
@@ -169,7 +180,7 @@ class OutputLengths:
 
         From the widest class to the narrowest, each adding what the next does not hold itself.
         """
-        starts, widths = self._edges[:-1], np.diff(self._edges)
+        starts, widths = self.edges[:-1], np.diff(self.edges)
         passed = np.maximum(0.0, 1.0 - widths / np.maximum(2.0**kind.max_tokens - starts, 1.0))
         hazard = 1.0 - passed**PRIOR_SHAPE
         weight = np.full_like(hazard, PRIOR_WEIGHT)

@@ -22,7 +22,8 @@ LABELS: Mapping[str, str] = {
     "finished_reason": "stop | length | abort | error.",
     "status": "HTTP status of the error; 499: the client left first.",
     "endpoint": "completions | chat_completions | other.",
-    "reason": "Why the router chose the replica (`routing.RoutingReason`).",
+    "reason": "Why the router chose the replica: only_replica | least_loaded | round_robin | all_full | least_delay | "
+    "pooled_kv | fewer_ranks | cached_prefix | kv_cliff.",
     "op": "all_reduce | all_gather | gather | broadcast | dispatch | combine | send | recv.",
     "phase": "collective: wait | transfer; step: prepare, embed, attention, mlp, router, experts, collective, bubble, "
     "head, sample, other.",

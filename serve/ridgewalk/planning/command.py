@@ -31,7 +31,7 @@ def plan(
     ] = None,
     seed: Annotated[int, typer.Option(rich_help_panel=LOAD, help="The same seed plans for the very same load.")] = 0,
     policy: Annotated[
-        str, typer.Option(rich_help_panel=CHOICE, help="Limits and admission of the engine: vllm, ridgewalk.")
+        str, typer.Option(rich_help_panel=CHOICE, help="Limits, admission and routing: vllm, ridgewalk.")
     ] = "vllm",
     objective: Annotated[
         str, typer.Option(rich_help_panel=CHOICE, help="throughput, or goodput: requests within --ttft and --tpot.")

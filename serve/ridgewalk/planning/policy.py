@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 
 from ridgewalk.engine.scheduler_config import AdmissionName
+from ridgewalk.routing.decision import RoutingName
 
 
 @dataclass(frozen=True)
@@ -19,6 +20,7 @@ class Policy:
     memory_share: float  # of a device's memory, for weights, activations and KV cache
     host_overlaps: bool  # steps are scheduled ahead: host and ranks work at the same time
     admission: AdmissionName = "prompt_only"
+    routing: RoutingName | None = None  # None: vLLM's balancer
 
 
 POLICIES: Mapping[str, Policy] = MappingProxyType(
@@ -28,8 +30,9 @@ POLICIES: Mapping[str, Policy] = MappingProxyType(
             # As vLLM v1 admits: whoever's prompt fits. 8,192 tokens and 0.9 are its defaults on GPUs of this class; 256
             # sequences is its older one, that the published pipeline of 14B is compatible with (RESULTS, Fidelity).
             Policy("vllm", 256, 8192, 0.9, host_overlaps=False),
-            # Our engine's default of sequences; a request begins when the predicted peak of KV use fits.
-            Policy("ridgewalk", 256, 8192, 0.9, host_overlaps=True, admission="predictive"),
+            # Our engine's defaults: a request begins when the predicted peak of KV use fits, and goes where it delays
+            # everybody least.
+            Policy("ridgewalk", 256, 8192, 0.9, host_overlaps=True, admission="predictive", routing="kv_growth"),
         )
     }
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
+from collections.abc import Collection
 from dataclasses import dataclass, field, fields
 
 from ridgewalk.engine.request import Request
@@ -11,6 +12,7 @@ from ridgewalk.engine.sampling import SamplingParams
 from ridgewalk.engine.scheduler import Scheduler
 from ridgewalk.engine.scheduler_config import SchedulerConfig
 from ridgewalk.engine.step import NO_TOKEN, GroupBatch, GroupOutput, StepInput, StepOutput
+from ridgewalk.engine.step_meter import StepMeans, StepMeter
 from ridgewalk.placement.cost_model import CostModel, GroupLoad, StepTime
 
 STOP_TOKEN, OTHER_TOKEN = 1, 0
@@ -58,7 +60,8 @@ class ReplicaSimulation:
     def __post_init__(self) -> None:
         """Start idle."""
         self.scheduler = Scheduler(self.config)
-        self._sampling = SamplingParams(max_tokens=self.max_output_length, stop_token_ids=(STOP_TOKEN,))
+        self.meter: StepMeter | None = None  # of steps, for who learns from them
+        self._ended: list[Request] = []  # while metered
         self._running: dict[int, Request] = {}
         self._lengths: dict[int, int] = {}
         self._open: deque[tuple[StepInput, float]] = deque()  # steps in flight, and when they end
@@ -70,11 +73,25 @@ class ReplicaSimulation:
         """True until every request has ended."""
         return bool(self._running)
 
-    def arrive(self, now_s: float, seq_id: int, prompt_length: int, output_length: int) -> None:
+    @property
+    def requests(self) -> Collection[Request]:
+        """Those that have not ended."""
+        return self._running.values()
+
+    def take_ended(self) -> list[Request]:
+        """Those that ended since the last call; kept only while steps are metered."""
+        ended, self._ended = self._ended, []
+        return ended
+
+    def sampling(self, effort: str) -> SamplingParams:
+        """What a request asks for."""
+        return SamplingParams(max_tokens=self.max_output_length, stop_token_ids=(STOP_TOKEN,), reasoning_effort=effort)
+
+    def arrive(self, now_s: float, seq_id: int, prompt_length: int, output_length: int, effort: str = "") -> None:
         """Queue a request, at a time that `run_until` has reached."""
         if not self.has_work:
             self.clock_s = max(self.clock_s, now_s)
-        request = Request(seq_id, "", 0, [OTHER_TOKEN] * prompt_length, prompt_length, self._sampling, now_s)
+        request = Request(seq_id, "", 0, [OTHER_TOKEN] * prompt_length, prompt_length, self.sampling(effort), now_s)
         self.scheduler.add(request)
         self._running[seq_id] = request
         self._lengths[seq_id] = output_length
@@ -106,11 +123,19 @@ class ReplicaSimulation:
         # Each round takes as long as the one before and a constant more: all of them, so many times the middle one.
         stages, host_s, seconds = self._round(loads, micro_batches, (rounds - 1) / 2)
         self._account(stages, host_s, rounds * micro_batches)
+        if self.meter is not None:
+            self._meter_rounds(self.meter, rounds, seconds)
         stopped = {request for request, count in zip(running, left, strict=True) if count == rounds}
         ended = self.scheduler.advance(rounds, stopped)
         self._pass(rounds * seconds, rounds * micro_batches)
         self._end(ended)
         return True
+
+    def _meter_rounds(self, meter: StepMeter, rounds: int, seconds: float) -> None:
+        groups = self.scheduler.groups
+        number, blocks = sum(len(group.running) for group in groups), sum(group.num_blocks_attended for group in groups)
+        grown = number * rounds / 2 / self.config.block_size
+        meter.add(StepMeans(rounds, seconds, number, blocks + grown, 0))
 
     def _first_tokens_due(self, running: list[Request]) -> bool:
         """In a pipeline, whether a step in flight ends a prompt: its first token comes in that very step."""
@@ -186,7 +211,13 @@ class ReplicaSimulation:
         self._account(stages, host_s, 1)
         if self.cost.num_stages == 1:
             total = stages[0].total
-            return self.clock_s + (max(host_s, total) if self.host_overlaps else host_s + total)
+            seconds = max(host_s, total) if self.host_overlaps else host_s + total
+            if self.meter is not None:
+                self.meter.observe(step, seconds)
+            return self.clock_s + seconds
+        if self.meter is not None:
+            seconds = max(host_s, *(stage.total for stage in stages))
+            self.meter.observe(step, seconds, self.cost.num_stages)
         ready = self._host_free_s = max(self._host_free_s, self.clock_s) + host_s
         for index, stage in enumerate(stages):
             ready = self._stage_free_s[index] = max(self._stage_free_s[index], ready) + stage.total
@@ -209,6 +240,8 @@ class ReplicaSimulation:
         for request in ended:
             self.logs[request.seq_id].end_s = self.clock_s
             del self._running[request.seq_id]
+        if self.meter is not None:
+            self._ended += ended
 
     def _account(self, stages: list[StepTime], host_s: float, steps: float) -> None:
         for term in fields(StepTime):

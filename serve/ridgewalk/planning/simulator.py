@@ -15,10 +15,10 @@ from ridgewalk.placement.model_spec import ModelSpec
 from ridgewalk.planning.policy import Policy
 from ridgewalk.planning.replica_simulation import ReplicaSimulation, RequestLog
 from ridgewalk.planning.shape import Placement, Shape
+from ridgewalk.planning.simulated_router import SimulatedRouter, VllmBalancer
+from ridgewalk.routing.policy import make_policy
 
 BLOCK_SIZE = 16
-WAITING_WEIGHT = 4
-"""A waiting request weighs as much as so many running ones when a replica is chosen: vLLM's data-parallel balancer."""
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,7 @@ class Arrival:
     time_s: float
     prompt_length: int
     output_length: int
+    effort: str = ""  # `reasoning_effort`, where the client shows it
 
 
 @dataclass(frozen=True)
@@ -123,22 +124,29 @@ def simulate(scene: Scene, placement: Placement) -> Outcome:
     scene = shared(scene, placement)
     overlaps = scene.policy.host_overlaps and not scene.hardware.host_shares_cores
     replicas: list[ReplicaSimulation] = []
-    weights: list[int] = []  # KV capacity: a replica that holds more is given more
+    capacity = 0
     for shape in placement.shapes:
         memory = memory_of(scene, shape)
         cost = CostModel(scene.spec, shape.mesh, scene.hardware)
         config = _scheduler_config(scene, shape, memory)
         for _ in range(shape.replicas):
             replicas.append(ReplicaSimulation(config, cost, scene.max_output_length, overlaps))
-            weights.append(memory.kv_tokens * shape.mesh.dp)
+            capacity += memory.kv_tokens * shape.mesh.dp
+    router = _router(scene, replicas)
     for seq_id, arrival in enumerate(scene.arrivals):
         for replica in replicas:
             replica.run_until(arrival.time_s)
-        chosen = min(zip(replicas, weights, strict=True), key=lambda pair: _load(pair[0]) / pair[1])[0]
-        chosen.arrive(arrival.time_s, seq_id, arrival.prompt_length, arrival.output_length)
+        chosen = router.choose(arrival.time_s, seq_id, arrival.prompt_length, arrival.effort)
+        chosen.arrive(arrival.time_s, seq_id, arrival.prompt_length, arrival.output_length, arrival.effort)
     for replica in replicas:
         replica.run_until(math.inf)
-    return _outcome(scene, replicas, sum(weights))
+    return _outcome(scene, replicas, capacity)
+
+
+def _router(scene: Scene, replicas: Sequence[ReplicaSimulation]) -> SimulatedRouter | VllmBalancer:
+    if scene.policy.routing is None:
+        return VllmBalancer(replicas)
+    return SimulatedRouter(make_policy(scene.policy.routing, scene.max_model_len), replicas)
 
 
 def _scheduler_config(scene: Scene, shape: Shape, memory: MemoryPlan) -> SchedulerConfig:
@@ -154,11 +162,6 @@ def _scheduler_config(scene: Scene, shape: Shape, memory: MemoryPlan) -> Schedul
         counts_only=True,
         admission=scene.policy.admission,
     )
-
-
-def _load(replica: ReplicaSimulation) -> int:
-    scheduler = replica.scheduler
-    return scheduler.num_waiting * WAITING_WEIGHT + scheduler.num_running
 
 
 def _outcome(scene: Scene, replicas: Sequence[ReplicaSimulation], capacity: int) -> Outcome:

@@ -19,6 +19,7 @@ from ridgewalk.engine.scheduler import RequestTooLargeError
 from ridgewalk.engine.scheduler_config import SchedulerConfig
 from ridgewalk.engine.stats import EngineStats
 from ridgewalk.engine.step import RankTimings
+from ridgewalk.engine.step_meter import StepMeans
 from ridgewalk.engine.step_result import NewToken, StepResult
 from ridgewalk.replica.call_ledger import CallLedger, CallRecord
 from ridgewalk.replica.channel_server import ChannelServer
@@ -114,6 +115,8 @@ class EngineLoop:
                 self._poller.register(source, zmq.POLLIN)
         self._executor_is_polled = executor_socket is not None
         self._last_report = 0.0
+        self._peaks: list[float | None] = [None] * scheduler_config.num_groups  # as predicted for `_num_predicted`
+        self._num_predicted = 0  # running sequences
         self._stopping = False
         self.failure: str | None = None
         self.endpoint, self.epoch = self._channel.endpoint, self._channel.epoch
@@ -344,22 +347,33 @@ class EngineLoop:
     def _report(self, now: float) -> None:
         self._last_report = now
         self._ledger.forget_old(now)
-        self._recorder.on_stats(self._core.stats())
-        load = self._load()
+        stats = self._core.stats()
+        self._recorder.on_stats(stats)
+        self._note_peaks([group.predicted_peak_blocks for group in stats.groups])
+        load = self._load(self._core.meter.take())
         for ingress_id in self._channel.ingress_ids():
             self._channel.send(ingress_id, [], load)
 
     def _metrics(self, number: int) -> ReplicaMetrics:
         return ReplicaMetrics(self._recorder.snapshot(), self._channel.introductions(), number)
 
-    def _load(self) -> LoadReport:
+    def _load(self, steps: StepMeans | None = None) -> LoadReport:
+        """The queues as they are; peaks as of the last report, or since then of the last admission.
+
+        Frames are many, and a forecast is not free. But what has begun must count before more is sent.
+        """
         scheduler = self._core.scheduler
+        if scheduler.num_running > self._num_predicted:
+            self._note_peaks(scheduler.predicted_peaks())
         groups = [
             GroupLoad(pool.num_blocks, pool.num_used, pool.num_cached, len(group.running), peak)
-            for group, peak in zip(scheduler.groups, scheduler.predicted_peaks(), strict=True)
+            for group, peak in zip(scheduler.groups, self._peaks, strict=True)
             for pool in (group.kv.pool,)
         ]
-        return LoadReport(groups, scheduler.num_running, scheduler.num_waiting, self._limit.num_seats)
+        return LoadReport(groups, scheduler.num_running, scheduler.num_waiting, self._limit.num_seats, steps)
+
+    def _note_peaks(self, peaks: list[float | None]) -> None:
+        self._peaks, self._num_predicted = peaks, self._core.scheduler.num_running
 
     def _fail(self, error: Exception) -> None:
         """The ranks are gone: every open call moves to another replica, with the tokens its ingress has."""

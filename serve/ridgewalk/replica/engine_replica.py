@@ -81,7 +81,16 @@ class EngineReplica:
         if replica_id != self._id or self._loop.failure is not None:
             return None
         self._loop.introduce(msgspec.msgpack.decode(introduction, type=Introduction))
-        return msgspec.msgpack.encode(ChannelAddress(self._loop.endpoint, self._loop.epoch))
+        config = self._config
+        return msgspec.msgpack.encode(
+            ChannelAddress(
+                self._loop.endpoint,
+                self._loop.epoch,
+                config.block_size,
+                config.world_size,
+                config.enable_prefix_caching,
+            )
+        )
 
     async def metrics(self, replica_id: str) -> bytes | None:
         """This replica's `ReplicaMetrics`, or None if another replica was meant; attached ingresses ask the channel."""

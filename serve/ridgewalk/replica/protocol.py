@@ -13,6 +13,7 @@ import msgspec
 
 from ridgewalk.engine.sampling import SamplingParams
 from ridgewalk.engine.step import TokenLogprobs
+from ridgewalk.engine.step_meter import StepMeans
 
 
 class SequenceSpec(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -91,6 +92,7 @@ class LoadReport(msgspec.Struct, frozen=True, array_like=True):
     num_running: int
     num_waiting: int
     num_seats: int  # sequences that may run at once
+    steps: StepMeans | None = None  # since the report before; None: none, or this is no report but comes with tokens
 
 
 class Introduction(msgspec.Struct, frozen=True):
@@ -106,6 +108,9 @@ class ChannelAddress(msgspec.Struct, frozen=True):
 
     endpoint: str  # tcp://address:port
     epoch: str  # the replica's incarnation: frames of another one are stale
+    block_size: int  # tokens of a KV block
+    num_ranks: int
+    caches_prefixes: bool
 
 
 class Attach(msgspec.Struct, frozen=True, tag="attach"):

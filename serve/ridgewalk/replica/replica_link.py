@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from typing import Protocol
 
 import msgspec
 import zmq
 from ray.serve.handle import DeploymentHandle
 
+from ridgewalk.engine.step_meter import StepMeans
 from ridgewalk.replica.protocol import (
     Attach,
     ChannelAddress,
@@ -20,10 +22,14 @@ from ridgewalk.replica.protocol import (
     Resend,
     TokenChunk,
 )
-from ridgewalk.routing.least_loaded import ReplicaLoad
+from ridgewalk.routing.replica_load import GroupKV, ReplicaLoad
 
 SILENT_AFTER_S = 3.0
 """A replica reports every 100 ms; one not heard for so long is connected to anew."""
+
+
+MAX_STEP_REPORTS = 64
+"""Kept while nobody asks for them; older ones are forgotten."""
 
 
 class Subscriber(Protocol):
@@ -55,12 +61,13 @@ class ReplicaLink:
         self.replica_id = replica_id
         self.load: LoadReport | None = None
         self.closed = False
-        self._epoch = address.epoch
+        self._address = address
         self._attach = attach
         self._subscribers: dict[str, tuple[Subscriber, int]] = {}  # by request id; with its number of sequences
         self._avoided_until = 0.0
         self._queries: dict[int, asyncio.Future[ReplicaMetrics | None]] = {}  # by number
         self._last_query = 0
+        self._steps: deque[StepMeans] = deque(maxlen=MAX_STEP_REPORTS)
         self._encoder = msgspec.msgpack.Encoder()
         self._decoder = msgspec.msgpack.Decoder(Frame)
         self._socket = context.socket(zmq.DEALER)
@@ -135,13 +142,25 @@ class ReplicaLink:
         assert load is not None
         return ReplicaLoad(
             self.replica_id,
+            self.placement,
             load.num_running,
             load.num_waiting,
             sum(count for _, count in self._subscribers.values()),
             load.num_seats,
-            sum(group.total_blocks - group.used_blocks for group in load.groups),
-            sum(group.total_blocks for group in load.groups),
+            tuple(
+                GroupKV(group.total_blocks, group.total_blocks - group.used_blocks, group.predicted_peak_blocks)
+                for group in load.groups
+            ),
+            self._address.block_size,
+            self._address.num_ranks,
+            self._address.caches_prefixes,
         )
+
+    def take_steps(self) -> list[StepMeans]:
+        """What the replica reported of its steps since the last call."""
+        steps = list(self._steps)
+        self._steps.clear()
+        return steps
 
     def close(self) -> None:
         """Disconnect and tell everybody who follows a call. Idempotent."""
@@ -164,12 +183,14 @@ class ReplicaLink:
             except zmq.Again:
                 return
             frame = self._decoder.decode(payload)
-            if frame.epoch == self._epoch and frame.secret == self._attach.secret:
+            if frame.epoch == self._address.epoch and frame.secret == self._attach.secret:
                 self._take(frame)
 
     def _take(self, frame: Frame) -> None:
         self._last_heard = self._event_loop.time()
         self.load = frame.load
+        if frame.load.steps is not None:
+            self._steps.append(frame.load.steps)
         for chunk in frame.chunks:
             subscriber = self._subscribers.get(chunk.request_id)
             if subscriber is not None:

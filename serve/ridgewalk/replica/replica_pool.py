@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 import msgspec
 import ray
@@ -15,7 +15,9 @@ from ray.serve.handle import DeploymentHandle
 from ridgewalk.replica.protocol import Attach, ChannelAddress, Introduction, ReplicaMetrics
 from ridgewalk.replica.replica_link import ReplicaLink
 from ridgewalk.replica.router_registry import running_replicas
-from ridgewalk.routing.least_loaded import RoutingReason, choose_replica
+from ridgewalk.routing.decision import RoutingReason
+from ridgewalk.routing.open_sequence import NewSequence, OpenSequence
+from ridgewalk.routing.policy import RoutingPolicy
 
 logger = logging.getLogger(__name__)
 
@@ -31,12 +33,14 @@ class ReplicaPool:
         context: zmq.Context[zmq.Socket[bytes]],
         introduction: Introduction,
         handles: Mapping[str, DeploymentHandle],
+        policy: RoutingPolicy,
         on_routed: Callable[[str, RoutingReason], None],
     ) -> None:
         self._context = context
         self._introduction = introduction
         self._attach = Attach(introduction.ingress_id, introduction.secret)
         self._handles = handles
+        self._policy = policy
         self._on_routed = on_routed
         self._links: dict[str, ReplicaLink] = {}
         self._listed: set[str] = set()  # running, as Serve says: others finish what they have, and get nothing new
@@ -89,14 +93,29 @@ class ReplicaPool:
         answer = await self._handles[placement].metrics.remote(replica_id=replica_id)
         return None if answer is None else msgspec.msgpack.decode(answer, type=ReplicaMetrics)
 
-    def choose(self, excluded: Collection[str] = ()) -> ReplicaLink | None:
-        """The replica for a new request, or None while there is none beside the ``excluded`` ids."""
-        decision = choose_replica(link.routing_load() for link in self._routable(excluded))
+    def choose(self, request: Sequence[NewSequence], excluded: Collection[str] = ()) -> ReplicaLink | None:
+        """The replica for a request's sequences, or None while there is none beside the ``excluded`` ids."""
+        for each in self._links.values():
+            for steps in each.take_steps():
+                self._policy.on_steps(each.replica_id, each.placement, steps)
+        loads = [link.routing_load() for link in self._routable(excluded)]
+        decision = self._policy.choose(request, loads, asyncio.get_running_loop().time())
         if decision is None:
             return None
         link = self._links[decision.replica_id]
         self._on_routed(link.placement, decision.reason)
         return link
+
+    def on_sent(self, new: NewSequence, link: ReplicaLink) -> OpenSequence:
+        """A sequence goes to the replica that was chosen; its reader counts its tokens in what is returned."""
+        now = asyncio.get_running_loop().time()
+        sequence = OpenSequence(new, link.replica_id, now, new.num_resumed_tokens)
+        self._policy.on_sent(sequence)
+        return sequence
+
+    def on_ended(self, sequence: OpenSequence, stopped: bool) -> None:
+        """Nothing more comes of a sequence; ``stopped``: because it ended by itself."""
+        self._policy.on_ended(sequence, stopped)
 
     async def wait_ready(self, timeout_s: float) -> bool:
         """Wait until a replica can take requests; False after ``timeout_s``."""

@@ -15,6 +15,8 @@ from ridgewalk.replica.open_call import OpenCall
 from ridgewalk.replica.protocol import Finish, GenerateReply, ReplyStatus, Resend, SequenceEnd, SequenceSpec, TokenChunk
 from ridgewalk.replica.replica_link import ReplicaLink
 from ridgewalk.replica.replica_pool import ReplicaPool
+from ridgewalk.routing.open_sequence import NewSequence, OpenSequence
+from ridgewalk.routing.prefix_index import prefix_hashes
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +44,15 @@ class _SequenceState:
     stopped: bool = False  # this side has all it wants
     told: bool = False  # the reader has had the last event
     resend_asked_at: float = 0.0
+    prefix: tuple[int, ...] = ()  # hashes of the prompt
+    routed: OpenSequence | None = None  # while a replica works on it
+
+    @property
+    def new(self) -> NewSequence:
+        """As the router sees it."""
+        sequence = self.sequence
+        prompt_length = len(sequence.prompt_token_ids)
+        return NewSequence.of(sequence.sampling, prompt_length, len(self.token_ids), self.prefix)
 
     @property
     def settled(self) -> bool:
@@ -60,7 +71,9 @@ class RequestStream:
         self._pool = pool
         self._ingress_id = ingress_id
         self._request_id = request_id
-        self._states = [_SequenceState(sequence) for sequence in sequences]
+        self._states = [
+            _SequenceState(sequence, prefix=prefix_hashes(sequence.prompt_token_ids)) for sequence in sequences
+        ]
         self._events: list[TokenEvent] = []
         self._has_events = asyncio.Event()  # for the reader
         self._changed = asyncio.Event()  # for the driver
@@ -91,6 +104,7 @@ class RequestStream:
         if state.complete:
             return
         state.stopped = True
+        self._note_end(state, reason == "stop")
         if self._call is not None:
             self._call.link.send(Finish(self._call.call_id, index, reason))
         self._tell_end(index, reason, None)
@@ -116,6 +130,8 @@ class RequestStream:
         if new:
             logprobs = None if chunk.logprobs is None else chunk.logprobs[have - chunk.offset :]
             state.token_ids += new
+            if state.routed is not None:
+                state.routed.num_output_tokens = len(state.token_ids)
             self._tell(TokenEvent(chunk.index, new, logprobs, chunk.num_cached_tokens))
         self._settle(chunk.index)
 
@@ -161,7 +177,8 @@ class RequestStream:
         raise BackendError(f"The request was lost {losses} times with its replica and is given up.", 500)
 
     async def _choose_link(self, refusals: dict[str, float]) -> ReplicaLink:
-        while (link := self._pool.choose(refusals)) is None:
+        request = [state.new for state in self._states if not state.complete]
+        while (link := self._pool.choose(request, refusals)) is None:
             if refusals:
                 raise BackendError(
                     "Too many requests are waiting for this model; try again later.", 429, min(refusals.values())
@@ -179,6 +196,8 @@ class RequestStream:
             if not state.complete
         ]
         call = self._call = OpenCall(link, call_id, self._ingress_id, specs, self._resumed, self._changed.set)
+        for spec in specs:
+            self._states[spec.index].routed = self._pool.on_sent(self._states[spec.index].new, link)
         link.subscribe(call_id, self, len(specs))
         try:
             reply: GenerateReply | None = None
@@ -196,6 +215,8 @@ class RequestStream:
         finally:
             self._call = None
             link.unsubscribe(call_id)
+            for state in self._states:
+                self._note_end(state, False)
             call.release(abort=not all(self._states[spec.index].settled for spec in specs))
             self._forget_incomplete_ends()
 
@@ -244,8 +265,15 @@ class RequestStream:
         """Tell the reader that a sequence is complete, once."""
         state = self._states[index]
         if state.end is not None and state.end.finish_reason != "abort" and state.complete and not state.told:
+            self._note_end(state, state.end.finish_reason == "stop")
             self._tell_end(index, state.end.finish_reason, state.end)
             self._changed.set()
+
+    def _note_end(self, state: _SequenceState, stopped: bool) -> None:
+        """Tell the router that a replica is done with a sequence, once."""
+        routed, state.routed = state.routed, None
+        if routed is not None:
+            self._pool.on_ended(routed, stopped)
 
     def _tell_end(self, index: int, reason: str, end: SequenceEnd | None) -> None:
         self._states[index].told = True

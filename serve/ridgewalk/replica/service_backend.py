@@ -21,6 +21,8 @@ from ridgewalk.replica.peer_metrics import PeerServer, ask_peer
 from ridgewalk.replica.protocol import Introduction
 from ridgewalk.replica.replica_pool import ReplicaPool
 from ridgewalk.replica.request_stream import RequestStream
+from ridgewalk.routing.decision import RoutingName
+from ridgewalk.routing.policy import make_policy
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +46,7 @@ class ServiceBackend:
         models: Sequence[ServedModel],
         handles: Handles,
         expected: ReplicaCounts,
+        routing: Mapping[str, RoutingName],
         metrics: IngressMetrics,
         introduction: Introduction,
         peer_server: PeerServer,
@@ -60,23 +63,28 @@ class ServiceBackend:
                 context,
                 introduction,
                 handles[name],
+                make_policy(routing[name], model.max_model_len),
                 lambda placement, reason, name=name: metrics.on_routed(name, placement, reason.value),
             )
-            for name in self._models
+            for name, model in self._models.items()
         }
         self._maintenance = asyncio.create_task(self._maintain())
 
     @classmethod
     async def connect(
-        cls, models: Sequence[ServedModel], handles: Handles, expected: ReplicaCounts, metrics: IngressMetrics
+        cls,
+        models: Sequence[ServedModel],
+        handles: Handles,
+        expected: ReplicaCounts,
+        routing: Mapping[str, RoutingName],
+        metrics: IngressMetrics,
     ) -> ServiceBackend:
         """Start following the replicas, and answering other ingresses."""
         secret = secrets.token_hex(16)
         peer_server = PeerServer(secret, metrics.snapshot)
         endpoint = await peer_server.start(ray.util.get_node_ip_address())
-        return cls(
-            models, handles, expected, metrics, Introduction(secrets.token_hex(8), secret, endpoint), peer_server
-        )
+        introduction = Introduction(secrets.token_hex(8), secret, endpoint)
+        return cls(models, handles, expected, routing, metrics, introduction, peer_server)
 
     @property
     def models(self) -> Mapping[str, ServedModel]:

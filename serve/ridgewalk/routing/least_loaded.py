@@ -1,58 +1,49 @@
-"""The default policy: the replica with the fewest sequences per seat."""
+"""The replica with the fewest sequences per seat."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
-from enum import Enum
+from collections.abc import Sequence
+
+from ridgewalk.engine.step_meter import StepMeans
+from ridgewalk.routing.decision import RoutingDecision, RoutingReason
+from ridgewalk.routing.open_sequence import NewSequence, OpenSequence
+from ridgewalk.routing.replica_load import ReplicaLoad
 
 
-@dataclass(frozen=True)
-class ReplicaLoad:
-    """What a router knows of one replica."""
+class LeastLoaded:
+    """Implements `RoutingPolicy`; remembers nothing."""
 
-    replica_id: str
-    num_running: int
-    num_waiting: int
-    num_own: int  # sequences that this ingress has open there: some of them may not be reported yet
-    num_seats: int  # sequences that may run at once
-    available_blocks: int  # free and evictable, over all attention groups
-    total_blocks: int
+    def choose(
+        self, request: Sequence[NewSequence], loads: Sequence[ReplicaLoad], now: float
+    ) -> RoutingDecision | None:
+        """See `least_loaded`."""
+        return least_loaded(loads)
 
+    def on_steps(self, replica_id: str, placement: str, steps: StepMeans) -> None:
+        """Nothing to learn."""
 
-class RoutingReason(str, Enum):
-    """Why a replica was chosen."""
+    def on_sent(self, sequence: OpenSequence) -> None:
+        """Nothing to note."""
 
-    ONLY = "only_replica"
-    LEAST_LOADED = "least_loaded"
-    ALL_FULL = "all_full"  # every replica has work waiting: the shortest queue
+    def on_ended(self, sequence: OpenSequence, stopped: bool) -> None:
+        """Nothing to learn."""
 
 
-@dataclass(frozen=True)
-class RoutingDecision:
-    """A choice and its reason."""
-
-    replica_id: str
-    reason: RoutingReason
-
-
-def choose_replica(loads: Iterable[ReplicaLoad]) -> RoutingDecision | None:
+def least_loaded(loads: Sequence[ReplicaLoad]) -> RoutingDecision | None:
     """The replica for a new request; None when there is none.
 
     A replica with waiting sequences is chosen only when all have some. Otherwise sequences per seat decide, so that
     replicas of unequal size fill evenly; ties go to the largest share of available KV.
     """
-    candidates = list(loads)
-    if not candidates:
+    if not loads:
         return None
-    best = min(candidates, key=_key)
-    if len(candidates) == 1:
+    best = min(loads, key=_key)
+    if len(loads) == 1:
         return RoutingDecision(best.replica_id, RoutingReason.ONLY)
     full = best.num_waiting > 0
     return RoutingDecision(best.replica_id, RoutingReason.ALL_FULL if full else RoutingReason.LEAST_LOADED)
 
 
 def _key(load: ReplicaLoad) -> tuple[bool, float, float]:
-    # A report is at most 100 ms old; what this ingress sent since is in `num_own` and not in the report.
-    sequences = max(load.num_running + load.num_waiting, load.num_own)
-    return load.num_waiting > 0, sequences / max(load.num_seats, 1), -load.available_blocks / max(load.total_blocks, 1)
+    share = load.num_sequences / max(load.num_seats, 1)
+    return load.num_waiting > 0, share, -load.available_blocks / max(load.total_blocks, 1)

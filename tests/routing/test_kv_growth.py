@@ -1,0 +1,196 @@
+"""Properties of the policy that follows KV growth, and what it does in situations small enough to see through."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ridgewalk.routing.decision import RoutingDecision, RoutingReason
+from ridgewalk.routing.kv_growth import KvGrowth
+from ridgewalk.routing.least_loaded import least_loaded
+from ridgewalk.routing.prefix_index import PREFIX_BLOCK, prefix_hashes
+from ridgewalk.routing.replica_load import ReplicaLoad
+from tests.routing.builders import MAX_MODEL_LEN, PACES, finish, new, replica, send, taught, with_group
+
+TAUGHT = taught()
+"""Deciding changes nothing that a later decision could see, while nothing is sent or ends."""
+
+loads = st.lists(
+    st.builds(
+        replica,
+        replica_id=st.uuids().map(str),
+        running=st.integers(0, 40),
+        waiting=st.sampled_from([0, 0, 1, 9]),
+        own=st.integers(0, 40),
+        used=st.integers(0, 2000),
+        total=st.just(2000),
+        peak=st.none() | st.floats(0, 2500),
+        placement=st.sampled_from(sorted(PACES)),
+        seats=st.sampled_from([16, 64]),
+        groups=st.sampled_from([1, 2]),
+    ),
+    min_size=1,
+    max_size=5,
+    unique_by=lambda load: load.replica_id,
+)
+requests = st.builds(new, effort=st.sampled_from(["high", "low", ""]), prompt=st.integers(1, 3000)).map(
+    lambda one: [one]
+)
+
+
+def decide(policy: KvGrowth, candidates: list[ReplicaLoad], effort: str = "low", count: int = 1) -> RoutingDecision:
+    decision = policy.choose([new(effort)] * count, candidates, 0.0)
+    assert decision is not None
+    return decision
+
+
+@given(requests, loads)
+def test_one_of_the_replicas_is_chosen_and_the_same_one_again(request: list, candidates: list[ReplicaLoad]) -> None:  # type: ignore[type-arg]
+    decision = TAUGHT.choose(request, candidates, 0.0)
+    assert decision is not None
+    assert decision.replica_id in {load.replica_id for load in candidates}
+    assert TAUGHT.choose(request, candidates, 0.0) == decision
+    assert TAUGHT.choose(request, [], 0.0) is None
+
+
+@given(requests, loads, st.data())
+@settings(max_examples=200)
+def test_more_load_never_makes_a_replica_more_attractive(
+    request: list,  # type: ignore[type-arg]
+    candidates: list[ReplicaLoad],
+    data: st.DataObject,
+) -> None:
+    decision = TAUGHT.choose(request, candidates, 0.0)
+    assert decision is not None
+    loser = data.draw(st.sampled_from(candidates))
+    if loser.replica_id == decision.replica_id:
+        return
+    more = data.draw(st.integers(1, 20))
+    heavier = data.draw(
+        st.sampled_from(
+            [
+                replace(loser, num_running=loser.num_running + more, num_own=loser.num_own + more),
+                replace(loser, num_waiting=loser.num_waiting + more),
+                replace(loser, num_own=loser.num_own + more),
+                with_group(loser, available_blocks=max(0, loser.groups[0].available_blocks - more)),
+                with_group(loser, predicted_peak_blocks=loser.groups[0].peak_blocks + more),
+            ]
+        )
+    )
+    again = TAUGHT.choose(request, [heavier if load is loser else load for load in candidates], 0.0)
+    assert again is not None
+    assert again.replica_id != loser.replica_id
+
+
+@given(requests, loads)
+def test_a_replica_that_would_run_out_of_kv_is_chosen_only_when_all_would(
+    request: list,  # type: ignore[type-arg]
+    candidates: list[ReplicaLoad],
+) -> None:
+    full = [with_group(load, available_blocks=0) for load in candidates]
+    spared = replica("spared", running=15, used=1000, total=2000, seats=16)
+    decision = TAUGHT.choose(request, [*full, spared], 0.0)
+    assert decision is not None
+    assert decision.replica_id == "spared"
+    decision = TAUGHT.choose(request, full, 0.0)
+    assert decision is not None
+    if len(full) > 1:
+        assert decision.reason is RoutingReason.ALL_FULL
+
+
+@given(requests, loads)
+def test_before_anything_is_known_it_is_the_least_loaded(request: list, candidates: list[ReplicaLoad]) -> None:  # type: ignore[type-arg]
+    assert KvGrowth(MAX_MODEL_LEN).choose(request, candidates, 0.0) == least_loaded(candidates)
+    fresh = [replace(candidates[0], placement="TP2"), *candidates[1:]]
+    assert TAUGHT.choose(request, fresh, 0.0) == least_loaded(fresh)
+
+
+@pytest.mark.parametrize("effort", ["high", "low"])
+def test_equal_replicas_get_equal_shares(effort: str) -> None:
+    policy, sent = taught(), Counter[str]()
+    for number in range(60):
+        candidates = [replica(name, own=sent[name]) for name in "abc"]
+        decision = policy.choose([new(effort)], candidates, number / 10)
+        assert decision is not None
+        assert decision.reason is RoutingReason.LEAST_DELAY
+        send(policy, new(effort), decision.replica_id, number / 10)
+        sent[decision.replica_id] += 1
+    assert max(sent.values()) - min(sent.values()) <= 1
+
+
+def mixed(policy: KvGrowth, busy: int = 120) -> list[ReplicaLoad]:
+    """A group of four ranks that has long ones to write, beside two replicas of one rank with nothing to do."""
+    for _ in range(busy):
+        send(policy, new("high"), "pooled", -1.0).num_output_tokens = 500
+    pooled = replica("pooled", busy, used=busy * 38, total=100_000, peak=24_000, placement="TP4", own=busy)
+    return [pooled, replica("a", total=14_000), replica("b", total=14_000)]
+
+
+def test_the_long_go_where_kv_is_pooled_and_the_short_where_no_rank_waits_for_another() -> None:
+    policy = taught()
+    candidates = mixed(policy)
+    assert decide(policy, candidates, "high") == RoutingDecision("pooled", RoutingReason.POOLED_KV)
+    assert decide(policy, candidates, "low") == RoutingDecision("a", RoutingReason.FEWER_RANKS)
+
+
+def test_a_replica_about_to_run_out_of_kv_is_spared_however_fast_it_is() -> None:
+    policy = taught()
+    pooled, *others = mixed(policy)
+    full = with_group(pooled, predicted_peak_blocks=99_990.0)
+    decision = decide(policy, [full, *others], "high")
+    assert decision.replica_id in ("a", "b")
+    assert decision.reason is RoutingReason.KV_CLIFF
+    # What was sent since the report counts: 40 long ones without a token yet, of some 190 blocks each.
+    idle = replica("idle", total=6000)
+    for _ in range(40):
+        send(policy, new("high"), "idle", 0.0)
+    busy = replica("busy", running=200, used=2000, total=100_000)
+    assert decide(policy, [replace(idle, num_own=40), busy], "high").replica_id == "busy"
+
+
+def test_a_request_with_many_sequences_needs_room_for_all_of_them() -> None:
+    candidates = [replica("small", total=1000), replica("large", running=100, used=5000, total=100_000)]
+    assert decide(TAUGHT, candidates, "high", 1).replica_id == "small"
+    assert decide(TAUGHT, candidates, "high", 8).replica_id == "large"
+
+
+def test_a_cached_prefix_is_followed_when_that_pays() -> None:
+    policy = taught()
+    prompt = prefix_hashes(list(range(40 * PREFIX_BLOCK)))
+    earlier = new("low", 40 * PREFIX_BLOCK, prompt)
+    finish(policy, send(policy, earlier, "a", 0.0), 150)
+    follow_up = [new("low", 40 * PREFIX_BLOCK + 200, prompt)]
+    candidates = [replica("a", running=3, used=100), replica("b", running=1, used=30)]
+    assert policy.choose(follow_up, candidates, 1.0) == RoutingDecision("a", RoutingReason.CACHED_PREFIX)
+    stranger = [new("low", 40 * PREFIX_BLOCK + 200, prefix_hashes(list(range(9, 40 * PREFIX_BLOCK))))]
+    assert policy.choose(stranger, candidates, 1.0) == RoutingDecision("b", RoutingReason.LEAST_DELAY)
+    busy = [replica("a", running=120, used=4000), candidates[1]]
+    assert policy.choose(follow_up, busy, 1.0) == RoutingDecision("b", RoutingReason.LEAST_DELAY)
+    forgetful = [replace(load, caches_prefixes=False) for load in candidates]
+    assert policy.choose(follow_up, forgetful, 1.0) == RoutingDecision("b", RoutingReason.LEAST_DELAY)
+
+
+def test_a_class_that_shows_is_told_apart_and_outputs_without_an_end_run_to_their_limit() -> None:
+    policy = taught()
+    policy.choose([new()], [replica("a"), replica("b")], 0.0)
+    forecast = policy._lengths
+    assert forecast.of_new(new("high")).mean == pytest.approx(3000, rel=0.15)  # the others count a little too
+    assert forecast.of_new(new("low")).mean == pytest.approx(150, rel=0.2)
+    assert 200 < forecast.of_new(new()).mean < 900  # of a class of its own: leans on all that ended
+    endless = forecast.of_new(new(stops=()))
+    assert (endless.mean, endless.square) == (4096, 4096**2)
+    resumed = replace(new("high"), num_resumed_tokens=1000)
+    assert forecast.of_new(resumed).mean == pytest.approx(2000, rel=0.15)
+
+
+def test_what_is_open_is_forgotten_when_it_ends() -> None:
+    policy = KvGrowth(MAX_MODEL_LEN)
+    sequences = [send(policy, new(), "a", 0.0) for _ in range(5)]
+    for sequence in sequences:
+        finish(policy, sequence, 20)
+        finish(policy, sequence, 20)
+    assert policy._open == {}
