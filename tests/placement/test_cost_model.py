@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import fields
 
 import msgspec
 import pytest
@@ -118,4 +117,4 @@ def test_the_host_pays_for_each_step_and_each_sequence() -> None:
 
 
 def test_total_is_the_sum_of_the_terms() -> None:
-    assert StepTime(*(float(2**at) for at, _ in enumerate(fields(StepTime)))).total == 2 ** len(fields(StepTime)) - 1
+    assert StepTime(*(float(2**at) for at, _ in enumerate(StepTime._fields))).total == 2 ** len(StepTime._fields) - 1

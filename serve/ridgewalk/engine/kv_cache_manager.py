@@ -62,10 +62,9 @@ class KVCacheManager:
 
     def grow(self, request: Request, num_tokens: int) -> bool:
         """Extend the block table to hold ``num_tokens`` tokens; False (and nothing changed) when blocks are short."""
-        missing = self.blocks_for(num_tokens) - len(request.block_ids)
-        if missing <= 0:
+        if num_tokens <= len(request.block_ids) * self.block_size:
             return True
-        fresh = self.pool.allocate(missing)
+        fresh = self.pool.allocate(self.blocks_for(num_tokens) - len(request.block_ids))
         if fresh is None:
             return False
         request.block_ids += fresh

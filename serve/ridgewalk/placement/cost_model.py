@@ -9,7 +9,8 @@ hardware, none of a model.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
+from typing import NamedTuple
 
 from ridgewalk.placement import parameters
 from ridgewalk.placement.collective_cost import all_gather_s, all_reduce_s, all_to_all_s, send_s
@@ -21,8 +22,7 @@ from ridgewalk.placement.stages import stage_layers
 from ridgewalk.placement.weights import DTYPE_BYTES, expert_bytes, held_bytes, stage_weights
 
 
-@dataclass(frozen=True)
-class GroupLoad:
+class GroupLoad(NamedTuple):
     """What one attention group computes in one step."""
 
     num_tokens: float = 0.0
@@ -31,8 +31,7 @@ class GroupLoad:
     pairs: float = 0.0  # query-key pairs: for a decoding sequence its context
 
 
-@dataclass(frozen=True)
-class StepTime:
+class StepTime(NamedTuple):
     """Seconds of one step on a rank of one stage, by what takes them."""
 
     weights: float = 0.0  # reading weights, where that takes longer than the products with them
@@ -46,7 +45,7 @@ class StepTime:
     @property
     def total(self) -> float:
         """All of it."""
-        return math.fsum(getattr(self, field.name) for field in fields(self))
+        return math.fsum(self)
 
 
 @dataclass(frozen=True)
@@ -78,12 +77,14 @@ class CostModel:
         self._attention_rate = hardware.flops[spec.dtype] * hardware.flops_efficiency
         self._bandwidth = hardware.memory_bandwidth * hardware.bandwidth_efficiency
         self._ep = mesh.dp * mesh.tp if mesh.expert_parallel else 1
-        self._stages = self._describe_stages()
+        stages = self._describe_stages()
+        self._kinds = list(dict.fromkeys(stages))  # most stages of a pipeline are alike
+        self._kind_of_stage = [self._kinds.index(stage) for stage in stages]
 
     @property
     def num_stages(self) -> int:
         """Pipeline stages."""
-        return len(self._stages)
+        return len(self._kind_of_stage)
 
     def host_s(self, num_sequences: float) -> float:
         """The host's work on a step of so many sequences; while it lasts, the ranks have nothing to do."""
@@ -91,7 +92,8 @@ class CostModel:
 
     def stage_times(self, groups: list[GroupLoad]) -> list[StepTime]:
         """Seconds of a step on each stage. Attention groups enter the all-to-all together: the slowest one counts."""
-        return [self._stage_time(stage, groups) for stage in self._stages]
+        times = [self._stage_time(stage, groups) for stage in self._kinds]
+        return [times[kind] for kind in self._kind_of_stage]
 
     def _stage_time(self, stage: _Stage, groups: list[GroupLoad]) -> StepTime:
         hardware, mesh = self.hardware, self.mesh

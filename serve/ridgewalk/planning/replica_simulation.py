@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 
-from ridgewalk.engine.request import Request
+from ridgewalk.engine.request import Request, RequestStatus
 from ridgewalk.engine.sampling import SamplingParams
 from ridgewalk.engine.scheduler import Scheduler
 from ridgewalk.engine.scheduler_config import SchedulerConfig
@@ -60,7 +60,8 @@ class ReplicaSimulation:
         self.scheduler = Scheduler(self.config)
         self._sampling = SamplingParams(max_tokens=self.max_output_length, stop_token_ids=(STOP_TOKEN,))
         self._running: dict[int, Request] = {}
-        self._lengths: dict[int, int] = {}
+        self._totals: dict[int, int] = {}  # tokens of prompt and output, by seq_id
+        self._next_to_end: Request | None = None  # in a pipeline: it ends within the round that goes on now
         self._open: deque[tuple[StepInput, float]] = deque()  # steps in flight, and when they end
         self._stage_free_s = [0.0] * self.cost.num_stages
         self._host_free_s = 0.0
@@ -77,7 +78,7 @@ class ReplicaSimulation:
         request = Request(seq_id, "", 0, [OTHER_TOKEN] * prompt_length, prompt_length, self._sampling, now_s)
         self.scheduler.add(request)
         self._running[seq_id] = request
-        self._lengths[seq_id] = output_length
+        self._totals[seq_id] = prompt_length + output_length
         self.logs[seq_id] = RequestLog(now_s, output_length)
 
     def run_until(self, limit_s: float = math.inf) -> None:
@@ -90,14 +91,17 @@ class ReplicaSimulation:
 
     def _advance(self, limit_s: float) -> bool:
         """Take all the steps until something happens at once. False: the next step is unlike the one after it."""
-        rounds = self.scheduler.rounds_until_event()
-        if rounds < 1:
+        if self._next_to_end is not None and self._next_to_end.status is RequestStatus.RUNNING:
             return False
         running = [request for group in self.scheduler.groups for request in group.running]
-        lengths = self._lengths
-        left = [lengths[request.seq_id] + request.num_prompt_tokens - len(request.token_ids) for request in running]
-        micro_batches = 1 + len(self._open)
-        rounds = min(rounds, min(left) - (micro_batches > 1))  # in a pipeline a sequence ends within a round
+        if not running:
+            return False
+        totals, micro_batches = self._totals, 1 + len(self._open)
+        left = [totals[request.seq_id] - len(request.token_ids) for request in running]
+        fewest = min(left)
+        in_pipeline = micro_batches > 1
+        self._next_to_end = running[left.index(1)] if in_pipeline and fewest == 1 else None
+        rounds = self.scheduler.rounds_until_event(fewest - in_pipeline)
         if rounds < 1 or self._first_tokens_due(running):
             return False
         loads = self._decode_loads(micro_batches)
@@ -106,7 +110,7 @@ class ReplicaSimulation:
         # Each round takes as long as the one before and a constant more: all of them, so many times the middle one.
         stages, host_s, seconds = self._round(loads, micro_batches, (rounds - 1) / 2)
         self._account(stages, host_s, rounds * micro_batches)
-        stopped = {request for request, count in zip(running, left, strict=True) if count == rounds}
+        stopped = {request for request, count in zip(running, left, strict=True) if count == rounds == fewest}
         ended = self.scheduler.advance(rounds, stopped)
         self._pass(rounds * seconds, rounds * micro_batches)
         self._end(ended)
@@ -114,7 +118,7 @@ class ReplicaSimulation:
 
     def _first_tokens_due(self, running: list[Request]) -> bool:
         """In a pipeline, whether a step in flight ends a prompt: its first token comes in that very step."""
-        return bool(self._open) and any(request.num_output_tokens == 0 for request in running)
+        return bool(self._open) and any([len(request.token_ids) == request.num_prompt_tokens for request in running])
 
     def _pass(self, seconds: float, num_steps: int) -> None:
         """So much time has passed and everything in flight is again as it was, so many steps later."""
@@ -173,9 +177,8 @@ class ReplicaSimulation:
         step, end_s = self._open.popleft()
         self.clock_s = max(self.clock_s, end_s)
         result = self.scheduler.update(StepOutput(step.step_id, [self._sample(batch) for batch in step.groups]))
-        for token in result.new_tokens:
-            if token.offset == 0:
-                self.logs[token.request.seq_id].first_token_s = self.clock_s
+        for request in [token.request for token in result.new_tokens if token.offset == 0]:
+            self.logs[request.seq_id].first_token_s = self.clock_s
         self._end(result.ended)
 
     def _submit(self, step: StepInput) -> float:
@@ -193,15 +196,15 @@ class ReplicaSimulation:
         return ready
 
     def _sample(self, batch: GroupBatch) -> GroupOutput:
+        running, totals = self._running, self._totals
         return GroupOutput(
             [
-                (STOP_TOKEN if self._is_last(seq_id) else OTHER_TOKEN) if samples else NO_TOKEN
+                (STOP_TOKEN if len(running[seq_id].token_ids) + 1 >= totals[seq_id] else OTHER_TOKEN)
+                if samples
+                else NO_TOKEN
                 for seq_id, samples in zip(batch.seq_ids, batch.samples, strict=True)
             ]
         )
-
-    def _is_last(self, seq_id: int) -> bool:
-        return self._running[seq_id].num_output_tokens + 1 >= self.logs[seq_id].output_length
 
     # -- accounts -----------------------------------------------------------------------------------------------------
 
@@ -211,9 +214,8 @@ class ReplicaSimulation:
             del self._running[request.seq_id]
 
     def _account(self, stages: list[StepTime], host_s: float, steps: float) -> None:
-        for term in fields(StepTime):
-            mean = sum(getattr(stage, term.name) for stage in stages) / len(stages)
-            self._add(term.name, mean * steps)
+        for term, seconds in zip(StepTime._fields, zip(*stages, strict=True), strict=True):
+            self._add(term, sum(seconds) / len(stages) * steps)
         if len(stages) == 1 and not self.host_overlaps:
             self._add(HOST, host_s * steps)
 
@@ -222,8 +224,12 @@ class ReplicaSimulation:
 
 
 def _load(batch: GroupBatch) -> GroupLoad:
+    num_tokens, num_sequences = batch.num_tokens, len(batch.seq_ids)
+    if num_tokens == num_sequences:  # all of them decode
+        contexts = sum(batch.num_computed_tokens) + num_tokens
+        return GroupLoad(num_tokens, num_sequences, contexts, contexts)
     kv_tokens, pairs = 0, 0.0
     for computed, scheduled in zip(batch.num_computed_tokens, batch.num_scheduled_tokens, strict=True):
         kv_tokens += computed + scheduled
         pairs += scheduled * (computed + (scheduled + 1) / 2)
-    return GroupLoad(batch.num_tokens, len(batch.seq_ids), kv_tokens, pairs)
+    return GroupLoad(num_tokens, num_sequences, kv_tokens, pairs)
