@@ -153,13 +153,13 @@ def _note_throttling(scheduler: Scheduler, group: AttentionGroup, num_steps: int
 
 
 def _grow(scheduler: Scheduler, group: AttentionGroup, rounds: int) -> None:
-    counters, unknown, block_size = scheduler.counters, [0] * rounds, group.kv.block_size
+    if not group.kv.grow_all(group.running, rounds):
+        raise ValueError(f"advance() by {rounds} rounds, for which there is no KV cache")
+    counters, unknown = scheduler.counters, [0] * rounds
     for request in group.running:
         # A step in flight has computed its token already: the last round's is computed by the step then in flight.
         before = request.num_computed_tokens
         request.num_computed_tokens = after = before + rounds
-        if len(request.block_ids) * block_size < after and not group.kv.grow(request, after):
-            raise ValueError(f"advance() by {rounds} rounds, for which there is no KV cache")
         if request.max_computed_tokens > before:
             counters.recomputed_tokens += min(request.max_computed_tokens, after) - before
         if request.max_computed_tokens < after:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ridgewalk.engine.block_pool import BlockPool, hash_block
@@ -68,6 +69,19 @@ class KVCacheManager:
         if fresh is None:
             return False
         request.block_ids += fresh
+        return True
+
+    def grow_all(self, requests: Sequence[Request], num_tokens: int) -> bool:
+        """Extend every table by what ``num_tokens`` more computed tokens take; False, nothing changed: too few blocks."""
+        missing = [self.blocks_for(each.num_computed_tokens + num_tokens) - len(each.block_ids) for each in requests]
+        fresh = self.pool.allocate(sum([count for count in missing if count > 0]))
+        if fresh is None:
+            return False
+        used = 0
+        for request, count in zip(requests, missing, strict=True):
+            if count > 0:
+                request.block_ids += fresh[used : used + count]
+                used += count
         return True
 
     def publish_computed(self, request: Request, num_computed_tokens: int) -> None:

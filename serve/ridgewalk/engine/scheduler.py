@@ -384,13 +384,13 @@ class Scheduler:
     # -- results ----------------------------------------------------------------------------------------------------
 
     def _update_group(self, rows: list[tuple[Request, bool]], output: GroupOutput, result: StepResult) -> None:
-        for row, (request, samples) in enumerate(rows):
+        logprobs = output.logprobs or [None] * len(rows)
+        for (request, samples), token_id, chances in zip(rows, output.token_ids, logprobs, strict=True):
             request.num_in_flight -= 1
             request.num_placeholders -= samples
             if request.status is RequestStatus.ENDED:
                 self._release_if_idle(request)
                 continue
-            token_id = output.token_ids[row]
             if not samples:
                 continue
             if token_id == NO_TOKEN:
@@ -398,8 +398,7 @@ class Scheduler:
             offset = len(request.token_ids) - request.num_prompt_tokens
             request.token_ids.append(token_id)
             self.counters.generation_tokens += 1
-            logprobs = output.logprobs[row] if output.logprobs is not None else None
-            result.new_tokens.append(NewToken(request, offset, token_id, logprobs))
+            result.new_tokens.append(NewToken(request, offset, token_id, chances))
             reason = _finish_reason(request, token_id)
             if reason is not None:
                 self._end(request, reason)

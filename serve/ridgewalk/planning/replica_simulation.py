@@ -61,7 +61,8 @@ class ReplicaSimulation:
         self._sampling = SamplingParams(max_tokens=self.max_output_length, stop_token_ids=(STOP_TOKEN,))
         self._running: dict[int, Request] = {}
         self._totals: dict[int, int] = {}  # tokens of prompt and output, by seq_id
-        self._next_to_end: Request | None = None  # in a pipeline: it ends within the round that goes on now
+        # In a pipeline: until this request has so many tokens, something happens to it within the round that goes on.
+        self._watched: tuple[Request, int] | None = None
         self._open: deque[tuple[StepInput, float]] = deque()  # steps in flight, and when they end
         self._stage_free_s = [0.0] * self.cost.num_stages
         self._host_free_s = 0.0
@@ -91,18 +92,23 @@ class ReplicaSimulation:
 
     def _advance(self, limit_s: float) -> bool:
         """Take all the steps until something happens at once. False: the next step is unlike the one after it."""
-        if self._next_to_end is not None and self._next_to_end.status is RequestStatus.RUNNING:
-            return False
+        if self._watched is not None:
+            request, num_tokens = self._watched
+            if request.status is RequestStatus.RUNNING and len(request.token_ids) < num_tokens:
+                return False
+            self._watched = None
         running = [request for group in self.scheduler.groups for request in group.running]
         if not running:
             return False
         totals, micro_batches = self._totals, 1 + len(self._open)
         left = [totals[request.seq_id] - len(request.token_ids) for request in running]
         fewest = min(left)
-        in_pipeline = micro_batches > 1
-        self._next_to_end = running[left.index(1)] if in_pipeline and fewest == 1 else None
-        rounds = self.scheduler.rounds_until_event(fewest - in_pipeline)
-        if rounds < 1 or self._first_tokens_due(running):
+        if micro_batches > 1:
+            self._watched = self._next_event(running, left)
+            if self._watched is not None:
+                return False
+        rounds = self.scheduler.rounds_until_event(fewest - (micro_batches > 1))
+        if rounds < 1:
             return False
         loads = self._decode_loads(micro_batches)
         if limit_s < math.inf:
@@ -116,9 +122,12 @@ class ReplicaSimulation:
         self._end(ended)
         return True
 
-    def _first_tokens_due(self, running: list[Request]) -> bool:
-        """In a pipeline, whether a step in flight ends a prompt: its first token comes in that very step."""
-        return bool(self._open) and any([len(request.token_ids) == request.num_prompt_tokens for request in running])
+    def _next_event(self, running: list[Request], left: list[int]) -> tuple[Request, int] | None:
+        """A request that ends within this round, or whose prompt does: its first token comes in that very step."""
+        for request, count in zip(running, left, strict=True):
+            if count == 1 or len(request.token_ids) == request.num_prompt_tokens:
+                return request, len(request.token_ids) + 1
+        return None
 
     def _pass(self, seconds: float, num_steps: int) -> None:
         """So much time has passed and everything in flight is again as it was, so many steps later."""
