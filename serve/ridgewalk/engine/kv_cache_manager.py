@@ -72,7 +72,7 @@ class KVCacheManager:
         return True
 
     def grow_all(self, requests: Sequence[Request], num_tokens: int) -> bool:
-        """Extend every table by what ``num_tokens`` more computed tokens take; False, nothing changed: too few blocks."""
+        """Extend each table for so many more computed tokens; False (and nothing changed) when blocks are short."""
         missing = [self.blocks_for(each.num_computed_tokens + num_tokens) - len(each.block_ids) for each in requests]
         fresh = self.pool.allocate(sum([count for count in missing if count > 0]))
         if fresh is None:

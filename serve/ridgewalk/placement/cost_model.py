@@ -41,6 +41,7 @@ class StepTime(NamedTuple):
     dispatch_combine: float = 0.0  # all-to-all among expert-parallel ranks
     launch: float = 0.0  # kernels that follow each other
     send: float = 0.0  # to the next stage, and taking over from the one before
+    ranks: float = 0.0  # messages to several ranks, and waiting for the last of them to begin
 
     @property
     def total(self) -> float:
@@ -77,6 +78,7 @@ class CostModel:
         self._attention_rate = hardware.flops[spec.dtype] * hardware.flops_efficiency
         self._bandwidth = hardware.memory_bandwidth * hardware.bandwidth_efficiency
         self._ep = mesh.dp * mesh.tp if mesh.expert_parallel else 1
+        self._expert_stretch = self._stretch_of_experts()
         stages = self._describe_stages()
         self._kinds = list(dict.fromkeys(stages))  # most stages of a pipeline are alike
         self._kind_of_stage = [self._kinds.index(stage) for stage in stages]
@@ -126,10 +128,11 @@ class CostModel:
             one = all_to_all_s(hardware, self._ep, hidden_bytes / mesh.tp * copies)
             dispatch = 2 * stage.num_sparse * one
         send = hardware.stage_overhead_s if mesh.pp > 1 else 0.0
+        ranks = hardware.ranks_overhead_s if mesh.world_size > 1 else 0.0
         if not stage.is_last:
             send += send_s(hardware, mesh.dp * mesh.tp, hidden_bytes / mesh.tp)
-        launch = stage.num_layers * hardware.layer_overhead_s
-        return StepTime(weights, products, attention, all_reduce, dispatch, launch, send)
+        launch = stage.num_layers * hardware.layer_overhead_s + stage.num_sparse * hardware.sparse_layer_overhead_s
+        return StepTime(weights, products, attention, all_reduce, dispatch, launch, send, ranks)
 
     def _expert_times(self, stage: _Stage, tokens: float) -> tuple[float, float]:
         """Reading and computing the routed experts of all sparse layers, on the busiest rank.
@@ -143,8 +146,21 @@ class CostModel:
         rows = tokens * moe.top_k / self._ep
         if self._ep > 1:
             rows += math.sqrt(2 * rows * math.log(self._ep))
-        reading = stage.num_sparse * touched * stage.expert_bytes / self._bandwidth
+        reading = stage.num_sparse * touched * stage.expert_bytes * self._expert_stretch / self._bandwidth
         return reading, stage.num_sparse * rows * stage.expert_flops / self._rate
+
+    def _stretch_of_experts(self) -> float:
+        """How much longer reading an expert takes because its kernels must get going, above all in narrow slices.
+
+        Each tile of a product runs along its input columns with a few loads ahead, and computes nothing until the first
+        has come: K columns take the time of K + `HardwareSpec.expert_fill`. Gate and up, two thirds of the weights, run
+        along the hidden size; down runs along this rank's slice of the intermediate one.
+        """
+        if self.spec.moe is None:
+            return 1.0
+        slices = 1 if self.mesh.expert_parallel else self.mesh.tp
+        fill = self.hardware.expert_fill
+        return 1 + fill / 3 * (2 / self.spec.hidden_size + slices / self.spec.moe.intermediate_size)
 
     def _describe_stages(self) -> list[_Stage]:
         spec, mesh = self.spec, self.mesh

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from statistics import median
 
 from ridgewalk.engine.scheduler_config import SchedulerConfig
-from ridgewalk.placement.cost_model import CostModel
+from ridgewalk.placement.cost_model import CostModel, GroupLoad
 from ridgewalk.placement.hardware import HardwareSpec
 from ridgewalk.placement.memory import BudgetSource, MemoryPlan, plan_memory
 from ridgewalk.placement.model_spec import ModelSpec
@@ -132,6 +132,44 @@ def simulate(scene: Scene, placement: Placement) -> Outcome:
     for replica in replicas:
         replica.run_until(math.inf)
     return _outcome(scene, replicas, sum(weights))
+
+
+def outcome_at_best(scene: Scene, placement: Placement) -> Outcome:
+    """What no simulation of the placement can exceed: as if every request ran alone, all of them at once.
+
+    A request gets its next token when the step of the last has crossed host and stages, and no such step is shorter
+    than that of the request alone: no term of a step's time falls when its load grows. So each takes at least as long
+    as this, and the makespan is at least that of the longest.
+
+    Raises:
+        MemoryPlanError: a shape does not fit.
+    """
+    capacity, fastest = 0, [math.inf] * len(scene.arrivals)
+    for shape in placement.shapes:
+        capacity += shape.replicas * shape.mesh.dp * memory_of(scene, shape).kv_tokens
+        cost = CostModel(scene.spec, shape.mesh, scene.hardware)
+        for index, arrival in enumerate(scene.arrivals):
+            context = (
+                arrival.prompt_length + (arrival.output_length - 1) / 2
+            )  # attention takes time by context: its mean
+            alone = GroupLoad(1, 1, context, context)
+            stages = cost.stage_times([alone, *[GroupLoad()] * (shape.mesh.dp - 1)])
+            host_s, ranks_s = cost.host_s(1), sum(stage.total for stage in stages)
+            token_s = max(host_s, ranks_s) if scene.policy.host_overlaps else host_s + ranks_s
+            fastest[index] = min(fastest[index], token_s)
+    logs = [RequestLog(arrival.time_s, arrival.output_length) for arrival in scene.arrivals]
+    for log, token_s in zip(logs, fastest, strict=True):
+        log.first_token_s = log.arrival_s + token_s
+        log.end_s = log.arrival_s + log.output_length * token_s
+    return Outcome(
+        makespan_s=max(log.end_s for log in logs) - scene.arrivals[0].time_s,
+        output_tokens=sum(log.output_length for log in logs),
+        logs=tuple(logs),
+        kv_capacity_tokens=capacity,
+        preemptions=0,
+        recomputed_tokens=0,
+        spent_s={},
+    )
 
 
 def _scheduler_config(scene: Scene, shape: Shape, memory: MemoryPlan) -> SchedulerConfig:
