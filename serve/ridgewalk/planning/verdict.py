@@ -41,9 +41,9 @@ def reason(candidate: Candidate, best: Candidate) -> str:
     if not candidate.simulated:
         longest = max(log.output_length for log in outcome.logs)
         return (
-            f"at most {share:.0%} of the best's throughput, so it was not simulated (figures are bounds): synchronization "
-            f"cliff, a token takes {outcome.tpot_p50_s * 1e3:.1f} ms or more to cross its stages, and the longest request "
-            f"has {longest:,}"
+            f"at most {share:.0%} of the best's throughput, so it was not simulated (its figures are bounds): "
+            f"synchronization cliff, a token takes {outcome.tpot_p50_s * 1e3:.1f} ms or more to cross the stages, and the "
+            f"longest request has {longest:,} of them"
         )
     return f"{share:.0%} of the best's throughput: {_complaint(outcome, best.outcome)}"
 
