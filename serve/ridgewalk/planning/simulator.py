@@ -149,9 +149,8 @@ def outcome_at_best(scene: Scene, placement: Placement) -> Outcome:
         capacity += shape.replicas * shape.mesh.dp * memory_of(scene, shape).kv_tokens
         cost = CostModel(scene.spec, shape.mesh, scene.hardware)
         for index, arrival in enumerate(scene.arrivals):
-            context = (
-                arrival.prompt_length + (arrival.output_length - 1) / 2
-            )  # attention takes time by context: its mean
+            # Attention takes time in proportion to the context, so that its mean decides.
+            context = arrival.prompt_length + (arrival.output_length - 1) / 2
             alone = GroupLoad(1, 1, context, context)
             stages = cost.stage_times([alone, *[GroupLoad()] * (shape.mesh.dp - 1)])
             host_s, ranks_s = cost.host_s(1), sum(stage.total for stage in stages)

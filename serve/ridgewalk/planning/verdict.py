@@ -42,8 +42,8 @@ def reason(candidate: Candidate, best: Candidate) -> str:
         longest = max(log.output_length for log in outcome.logs)
         return (
             f"at most {share:.0%} of the best's throughput, so it was not simulated (its figures are bounds): "
-            f"synchronization cliff, a token takes {outcome.tpot_p50_s * 1e3:.1f} ms or more to cross the stages, and the "
-            f"longest request has {longest:,} of them"
+            f"synchronization cliff, a token takes {outcome.tpot_p50_s * 1e3:.1f} ms or more to cross the stages, and "
+            f"the longest request has {longest:,} of them"
         )
     return f"{share:.0%} of the best's throughput: {_complaint(outcome, best.outcome)}"
 
