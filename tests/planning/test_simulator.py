@@ -86,14 +86,12 @@ def test_too_little_kv_means_preemptions_and_a_longer_time() -> None:
 @pytest.mark.parametrize("placement", ["TP8", "PP8", "DP2xPP2xTP2", "DP4+TP4", "DP2xPP2xTP2xEP4"])
 @pytest.mark.parametrize("policy", ["vllm", "ridgewalk"])
 def test_no_simulation_exceeds_the_outcome_at_best(placement: str, policy: str) -> None:
-    situation = replace(scene(batch(6, 300), model="mixtral-8x7b"), policy=POLICIES[policy])
+    limits = replace(POLICIES[policy], max_num_seqs=2)  # seats bind in some, the longest request in others
+    situation = replace(scene(batch(18, 300), model="mixtral-8x7b"), policy=limits)
     best, found = (each(situation, parse_placement(placement)) for each in (outcome_at_best, simulate))
     assert best.makespan_s < found.makespan_s
     assert best.kv_capacity_tokens == found.kv_capacity_tokens
     assert best.output_tokens == found.output_tokens
-    ends = ({log.output_length: log.end_s for log in each.logs} for each in (best, found))
-    at_best, simulated = ends
-    assert all(at_best[length] < simulated[length] for length in at_best)
 
 
 def test_a_request_alone_takes_what_it_takes_at_best() -> None:

@@ -139,14 +139,16 @@ def outcome_at_best(scene: Scene, placement: Placement) -> Outcome:
 
     A request gets its next token when the step of the last has crossed host and stages, and no such step is shorter
     than that of the request alone: no term of a step's time falls when its load grows. So each takes at least as long
-    as this, and the makespan is at least that of the longest.
+    as this, and the makespan is at least the time of the longest, and that of all of them over the seats
+    (``max_num_seqs`` of each attention group).
 
     Raises:
         MemoryPlanError: a shape does not fit.
     """
-    capacity, fastest = 0, [math.inf] * len(scene.arrivals)
+    capacity, seats, fastest = 0, 0, [math.inf] * len(scene.arrivals)
     for shape in placement.shapes:
         capacity += shape.replicas * shape.mesh.dp * memory_of(scene, shape).kv_tokens
+        seats += shape.replicas * shape.mesh.dp * scene.policy.max_num_seqs
         cost = CostModel(scene.spec, shape.mesh, scene.hardware)
         for index, arrival in enumerate(scene.arrivals):
             # Attention takes time in proportion to the context, so that its mean decides.
@@ -160,8 +162,9 @@ def outcome_at_best(scene: Scene, placement: Placement) -> Outcome:
     for log, token_s in zip(logs, fastest, strict=True):
         log.first_token_s = log.arrival_s + token_s
         log.end_s = log.arrival_s + log.output_length * token_s
+    longest = max(log.end_s for log in logs) - scene.arrivals[0].time_s
     return Outcome(
-        makespan_s=max(log.end_s for log in logs) - scene.arrivals[0].time_s,
+        makespan_s=max(longest, sum(log.end_s - log.arrival_s for log in logs) / seats),
         output_tokens=sum(log.output_length for log in logs),
         logs=tuple(logs),
         kv_capacity_tokens=capacity,

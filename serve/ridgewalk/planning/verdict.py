@@ -39,11 +39,9 @@ def reason(candidate: Candidate, best: Candidate) -> str:
         return f"best: {_account(outcome)}"
     share = outcome.throughput_tokens_per_s / best.outcome.throughput_tokens_per_s
     if not candidate.simulated:
-        longest = max(log.output_length for log in outcome.logs)
         return (
             f"at most {share:.0%} of the best's throughput, so it was not simulated (its figures are bounds): "
-            f"synchronization cliff, a token takes {outcome.tpot_p50_s * 1e3:.1f} ms or more to cross the stages, and "
-            f"the longest request has {longest:,} of them"
+            f"synchronization cliff, a token takes {outcome.tpot_p50_s * 1e3:.1f} ms or more to cross the stages"
         )
     return f"{share:.0%} of the best's throughput: {_complaint(outcome, best.outcome)}"
 
