@@ -1,9 +1,9 @@
 """How near the planner comes to the figures of arXiv 2605.19775 (8 x H200, vLLM v1, closed batches of 2,000).
 
-    python -m tests.benchmarks.fidelity [table|order|sensitivity]
+    python -m tests.benchmarks.fidelity [table|order|steps|sensitivity]
 
-Fitted, all of them global: the cut of the reasoning workload's outputs, the sequences that policy `vllm` runs at once,
-and the hardware's `stage_overhead_s`; to the rows marked so. Everything else is as the data files say.
+Fitted, all of them global: the cut of the reasoning workload's outputs, and the hardware's `ranks_overhead_s` and
+`stage_overhead_s`; to the rows marked so. Everything else is as the data files say.
 """
 
 from __future__ import annotations
@@ -19,8 +19,10 @@ import msgspec
 from ridgewalk.bench.lengths import lognormal_with_share_above
 from ridgewalk.bench.profiles import PROFILES
 from ridgewalk.bench.workload import sample_requests
+from ridgewalk.placement.cost_model import CostModel, GroupLoad
 from ridgewalk.placement.data_files import shipped_path
 from ridgewalk.placement.hardware import find_hardware
+from ridgewalk.placement.mesh import Mesh
 from ridgewalk.placement.model_spec import ModelSpec
 from ridgewalk.planning.planner import evaluate
 from ridgewalk.planning.policy import POLICIES
@@ -35,6 +37,10 @@ PUBLISHED = [  # model, hardware, placement, seconds, fitted to
     ("qwen2.5-32b", "8xh200", "DP8", 857, False),
     ("qwen2.5-32b", "8xh200", "TP8", 686, False),
     ("qwen2.5-32b", "8xh200", "DP4xTP2", 484, False),
+]
+MEASURED_STEPS = [  # who, sequences, context, whether the host waits, median milliseconds from token to token
+    ("TensorRT-LLM issue 5929", 1, 1_900, False, 13.8),
+    ("vLLM 0.11, docs.gpustack.ai, ShareGPT at 7,451 tokens/s", 490, 320, True, 66.1),
 ]
 ORDERS = [  # model, placements; the paper has the first ahead, or in this order
     ("qwen2.5-14b", ("DP8", "DP4xTP2", "DP2xTP4", "TP8", "PP2xTP4")),
@@ -80,6 +86,17 @@ def table() -> None:
         print(f"| {model} | {where} | {published} | {simulated:.0f} | {ratio:.2f} | {note} |", flush=True)
 
 
+def steps() -> None:
+    """Steps of DeepSeek-R1 with TP8 on 8 H200 that others measured; nothing is fitted to them."""
+    path = shipped_path("models", "deepseek-r1")
+    assert path is not None
+    cost = CostModel(ModelSpec.from_config(json.loads(path.read_text())), Mesh(tp=8), find_hardware("8xh200"))
+    for who, number, context, host, measured_ms in MEASURED_STEPS:
+        (ranks,) = cost.stage_times([GroupLoad(number, number, number * context, number * context)])
+        predicted_ms = 1e3 * (ranks.total + host * cost.host_s(number))
+        print(f"{who}: {number} sequences, context {context}: {measured_ms} ms measured, {predicted_ms:.1f} predicted")
+
+
 def order() -> None:
     for model, placements in ORDERS:
         began = time.monotonic()
@@ -89,9 +106,10 @@ def order() -> None:
 
 
 def sensitivity() -> None:
-    names = ("cut", "sequences", "stage_overhead_s", "bandwidth_efficiency", "flops_efficiency", "link_efficiency",
-             "layer_overhead_s", "step_overhead_s", "sequence_overhead_s")  # fmt: skip
-    print("| constant | factor | DP4xTP2 | TP8 | DP8 | order |\n|---|---|---|---|---|---|")
+    names = ("cut", "ranks_overhead_s", "stage_overhead_s", "sequences", "bandwidth_efficiency", "flops_efficiency",
+             "link_efficiency", "layer_overhead_s", "step_overhead_s", "sequence_overhead_s")  # fmt: skip
+    print("| constant | factor | 32B DP4xTP2 | TP8 | DP8 | order | 14B DP8 | DP4xTP2 |")
+    print("|---|---|---|---|---|---|---|---|", flush=True)
     for name in names:
         for factor in (0.8, 1.2):
             if name == "bandwidth_efficiency" and factor > 1:
@@ -99,10 +117,12 @@ def sensitivity() -> None:
             times = seconds("qwen2.5-32b", "8xh200", ("DP4xTP2", "TP8", "DP8"), **{name: factor})
             held = "held" if times["DP4xTP2"] < times["TP8"] < times["DP8"] else "lost"
             told = " | ".join(f"{times[each]:.0f}" for each in ("DP4xTP2", "TP8", "DP8"))
-            print(f"| {name} | {factor:.2f} | {told} | {held} |", flush=True)
+            small = seconds("qwen2.5-14b", "8xh200", ("DP8", "DP4xTP2"), **{name: factor})
+            told += f" | {held} | {small['DP8']:.0f} | {small['DP4xTP2']:.0f}"
+            print(f"| {name} | {factor:.2f} | {told} |", flush=True)
 
 
 if __name__ == "__main__":
-    PARTS: dict[str, Callable[[], None]] = {"table": table, "order": order, "sensitivity": sensitivity}
+    PARTS: dict[str, Callable[[], None]] = {"table": table, "order": order, "steps": steps, "sensitivity": sensitivity}
     for part in sys.argv[1:] or PARTS:
         PARTS[part]()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import fields
 
 import msgspec
 import pytest
@@ -28,7 +27,10 @@ def shipped(name: str) -> ModelSpec:
 def ideal(text: str = "8xh200") -> HardwareSpec:
     """Hardware that reaches its peaks and has no overheads."""
     names = ("bandwidth_efficiency", "flops_efficiency", "link_efficiency")
-    overheads = ("stage_overhead_s", "layer_overhead_s", "step_overhead_s", "sequence_overhead_s")
+    overheads = (
+        "stage_overhead_s", "ranks_overhead_s", "layer_overhead_s", "sparse_layer_overhead_s", "step_overhead_s",
+        "sequence_overhead_s", "expert_fill",
+    )  # fmt: skip
     return msgspec.structs.replace(find_hardware(text), **dict.fromkeys(names, 1.0), **dict.fromkeys(overheads, 0.0))
 
 
@@ -101,8 +103,35 @@ def test_experts_of_all_attention_groups_pay_dispatch_and_combine() -> None:
     spec = shipped("qwen3-235b-a22b")
     (time,) = CostModel(spec, Mesh(dp=8, expert_parallel=True), ideal()).stage_times([decoding(32, 2000)] * 8)
     sent = 32 * 4096 * 2 * 8 * 7 / 8
-    assert time.dispatch_combine == pytest.approx(2 * 94 * (10e-6 + sent / 450e9))
+    assert time.dispatch_combine == pytest.approx(2 * 94 * (9.5e-6 + sent / 450e9))
     assert time.all_reduce == 0
+
+
+def test_an_all_reduce_takes_what_was_measured_on_eight_h100() -> None:
+    """By https://github.com/vllm-project/vllm/pull/42324 (multimem)."""
+    hardware = find_hardware("8xh100")
+    for mebibytes, measured_us in ((0.5, 11), (1, 14), (2, 18), (4, 27), (8, 46), (16, 87), (32, 165), (64, 320)):
+        assert all_reduce_s(hardware, 8, mebibytes * 2**20) * 1e6 == pytest.approx(measured_us, rel=0.08)
+
+
+def test_narrow_slices_of_experts_are_read_at_less_than_the_bandwidth() -> None:
+    spec = shipped("deepseek-r1")
+    plain, filling = ideal(), msgspec.structs.replace(ideal(), expert_fill=384.0)
+
+    def stretch(mesh: Mesh) -> float:
+        groups = [decoding(64, 1000)] * mesh.dp
+        slow, fast = (CostModel(spec, mesh, each).stage_times(groups)[0].weights for each in (filling, plain))
+        return slow / fast
+
+    assert 1 < stretch(Mesh(dp=8, expert_parallel=True)) < 1.15
+    assert stretch(Mesh(tp=2, pp=4)) < stretch(Mesh(tp=4, pp=2)) < stretch(Mesh(tp=8))
+    assert stretch(Mesh(tp=8)) == pytest.approx(1 + 128 * (2 / 7168 + 8 / 2048), rel=0.02)
+
+
+def test_ranks_of_one_process_tell_each_other_nothing() -> None:
+    hardware = msgspec.structs.replace(ideal(), ranks_overhead_s=1.0)
+    times = [CostModel(shipped("qwen2.5-14b"), mesh, hardware) for mesh in (Mesh(), Mesh(tp=2), Mesh(pp=2))]
+    assert [[stage.ranks for stage in cost.stage_times([decoding(1, 9)])] for cost in times] == [[0], [1], [1, 1]]
 
 
 @pytest.mark.parametrize("constant", ["layer_overhead_s", "stage_overhead_s", "value_overhead_s"])
@@ -154,7 +183,7 @@ def test_an_all_to_all_may_have_a_link_of_its_own() -> None:
     link = Link(latency_s=1e-3, bandwidth=1e9)
     hardware = msgspec.structs.replace(ideal(), all_to_all=link)
     assert all_to_all_s(hardware, 4, 4e9) == pytest.approx(1e-3 + 3)
-    assert all_to_all_s(ideal(), 4, 4e9) == pytest.approx(10e-6 + 3 / 450)
+    assert all_to_all_s(ideal(), 4, 4e9) == pytest.approx(ideal().within_node.latency_s + 3 / 450)
 
 
 @given(st.dictionaries(st.integers(1, 512), st.floats(1e-6, 1e3), min_size=1), st.floats(0.1, 2000))
@@ -173,4 +202,4 @@ def test_the_host_pays_for_each_step_and_each_sequence() -> None:
 
 
 def test_total_is_the_sum_of_the_terms() -> None:
-    assert StepTime(*(float(2**at) for at, _ in enumerate(fields(StepTime)))).total == 2 ** len(fields(StepTime)) - 1
+    assert StepTime(*(float(2**at) for at, _ in enumerate(StepTime._fields))).total == 2 ** len(StepTime._fields) - 1

@@ -12,12 +12,14 @@ from ridgewalk.placement.data_files import shipped_path
 from ridgewalk.placement.hardware import find_hardware
 from ridgewalk.placement.mesh import Mesh, placement_name
 from ridgewalk.placement.model_spec import ModelSpec
+from ridgewalk.planning import planner
 from ridgewalk.planning.load import make_load
 from ridgewalk.planning.planner import Limits, evaluate, rank
 from ridgewalk.planning.policy import POLICIES
 from ridgewalk.planning.replica_simulation import ReplicaSimulation
 from ridgewalk.planning.shape import ShapeError, enumerate_placements, parse_placement
-from ridgewalk.planning.simulator import Arrival, Outcome, Scene, simulate
+from ridgewalk.planning.simulator import Arrival, Outcome, Scene, outcome_at_best, simulate
+from ridgewalk.planning.verdict import reason
 
 
 def scene(arrivals: list[Arrival], hardware: str = "8xh200", model: str = "qwen2.5-14b", **policy: object) -> Scene:
@@ -79,6 +81,38 @@ def test_too_little_kv_means_preemptions_and_a_longer_time() -> None:
     assert scarce.preemptions > 0
     assert scarce.recomputed_tokens > 0
     assert scarce.makespan_s > 1.3 * ample.makespan_s
+
+
+@pytest.mark.parametrize("placement", ["TP8", "PP8", "DP2xPP2xTP2", "DP4+TP4", "DP2xPP2xTP2xEP4"])
+@pytest.mark.parametrize("policy", ["vllm", "ridgewalk"])
+def test_no_simulation_exceeds_the_outcome_at_best(placement: str, policy: str) -> None:
+    limits = replace(POLICIES[policy], max_num_seqs=2)  # seats bind in some, the longest request in others
+    situation = replace(scene(batch(18, 300), model="mixtral-8x7b"), policy=limits)
+    best, found = (each(situation, parse_placement(placement)) for each in (outcome_at_best, simulate))
+    assert best.makespan_s < found.makespan_s
+    assert best.kv_capacity_tokens == found.kv_capacity_tokens
+    assert best.output_tokens == found.output_tokens
+
+
+def test_a_request_alone_takes_what_it_takes_at_best() -> None:
+    alone = scene([Arrival(0.0, 1, 200)])
+    for name in ("TP8", "PP4xTP2"):
+        best, found = (each(alone, parse_placement(name)) for each in (outcome_at_best, simulate))
+        assert best.makespan_s == pytest.approx(found.makespan_s, rel=1e-6)
+
+
+def test_pipelines_that_cannot_win_are_bounded_unless_asked_about(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(planner, "SMALL_LOAD", 0)
+    monkeypatch.setattr("os.cpu_count", lambda: 2)
+    situation = scene(batch(8, 120))
+    placements = [parse_placement(name) for name in ("DP8", "PP8", "PP4xTP2", "TP16")]
+    candidates = evaluate(situation, placements, {"PP8"})
+    assert [each.placement for each in candidates] == placements
+    assert [each.simulated for each in candidates] == [True, True, False, True]
+    best, pruned = rank(candidates, "throughput", Limits())[:2]
+    assert best.placement.name == "DP8"
+    assert pruned.outcome is not None
+    assert reason(candidates[2], best).startswith("at most ")
 
 
 def test_ranking_is_by_throughput_or_by_requests_within_the_limits() -> None:

@@ -18,26 +18,20 @@ if TYPE_CHECKING:
     from ridgewalk.engine.scheduler import AttentionGroup, Scheduler
 
 
-def rounds_until_event(scheduler: Scheduler) -> int:
+def rounds_until_event(scheduler: Scheduler, at_most: int) -> int:
     """Rounds that are certain to be alike: until KV runs out or a sequence reaches its ``max_tokens``.
 
     0: the next step is no pure decode step of everybody (a prompt, an admission, a preemption), or micro-batches are
-    uneven. An arrival changes the answer, and so does a sequence that samples a stop token: only the ranks know it.
+    uneven. An arrival changes the answer, and so does a sequence that samples a stop token: only the ranks know it, and
+    who asks for ``at_most`` so many rounds.
     """
-    num_running = scheduler.num_running
-    if not num_running or (scheduler.config.schedule_ahead and scheduler.config.max_steps_in_flight > 1):
+    if not scheduler.num_running or (scheduler.config.schedule_ahead and scheduler.config.max_steps_in_flight > 1):
         return 0
-    if not _rotates(scheduler) or not all(_decodes(scheduler, group) for group in scheduler.groups):
+    if not _rotates(scheduler):
         return 0
-    if scheduler.waiting and (_may_admit(scheduler) or _pauses(scheduler)):
+    rounds = min(at_most, _rounds_of_decoding(scheduler))
+    if rounds < 1 or (scheduler.waiting and (_may_admit(scheduler) or _pauses(scheduler))):
         return 0
-    rounds = min(
-        request.sampling.max_tokens + request.num_prompt_tokens - len(request.token_ids)
-        for group in scheduler.groups
-        for request in group.running
-    )
-    if scheduler.num_in_flight:
-        rounds -= 1  # in a pipeline a sequence must not end in a bulk: see `advance`
     if scheduler.waiting:  # the policy asks again now and then whether the first of them may begin
         steps = scheduler.admission.answer_stands(scheduler.counters.steps)
         rounds = min(rounds, steps // (1 + scheduler.num_in_flight))
@@ -60,8 +54,8 @@ def advance(scheduler: Scheduler, rounds: int, stopped: Collection[Request] = ()
         request
         for group in scheduler.groups
         for request in group.running
-        if request in stopped
-        or len(request.token_ids) - request.num_prompt_tokens + rounds >= request.sampling.max_tokens
+        if len(request.token_ids) - request.num_prompt_tokens + rounds >= request.sampling.max_tokens
+        or request in stopped
     ]
     if ending and steps_a_round > 1:
         raise ValueError("a sequence ends within the last round of a pipeline; advance by fewer rounds")
@@ -74,32 +68,40 @@ def advance(scheduler: Scheduler, rounds: int, stopped: Collection[Request] = ()
     return ending
 
 
-def _decodes(scheduler: Scheduler, group: AttentionGroup) -> bool:
-    """Whether every running sequence has one token to compute, or a step in flight that samples its next."""
-    if scheduler.num_in_flight == 0 and len(group.running) > scheduler.config.max_num_batched_tokens:
-        return False
-    return all(
-        len(request.token_ids) + request.num_placeholders - request.num_computed_tokens == 1
-        and request.num_in_flight == request.num_placeholders
-        for request in group.running
-    )
+def _rounds_of_decoding(scheduler: Scheduler) -> int:
+    """Rounds until a sequence reaches its ``max_tokens``; in a pipeline one less, for there it ends within a round.
+
+    0 unless every running sequence has one token to compute, or a step in flight that samples its next.
+    """
+    rounds = 2**31
+    for group in scheduler.groups:
+        if scheduler.num_in_flight == 0 and len(group.running) > scheduler.config.max_num_batched_tokens:
+            return 0
+        for request in group.running:
+            known, placeholders = len(request.token_ids), request.num_placeholders
+            if known + placeholders - request.num_computed_tokens != 1 or request.num_in_flight != placeholders:
+                return 0
+            left = request.sampling.max_tokens + request.num_prompt_tokens - known
+            if left < rounds:
+                rounds = left
+    return rounds - 1 if scheduler.num_in_flight else rounds
 
 
 def _rotates(scheduler: Scheduler) -> bool:
     """Whether each micro-batch, when its turn comes, may take all its sequences again; one's turn is now."""
     if not scheduler.config.micro_batches:
         return scheduler.num_in_flight == 0
-    if all(request.num_in_flight for group in scheduler.groups for request in group.running):
-        return False
+    is_due = False
     for index, group in enumerate(scheduler.groups):
         sizes = scheduler.sizes_in_flight(index)
         sizes.append(len(group.running) - sum(sizes))
+        is_due = is_due or sizes[-1] > 0
         for turn, size in enumerate(sizes):
             others = sizes[:turn] + sizes[turn + 1 :]
             limit = row_limit(len(group.running), others, scheduler.config.max_steps_in_flight)
             if size > min(limit, scheduler.config.max_num_batched_tokens):
                 return False
-    return True
+    return is_due
 
 
 def _seats_left(scheduler: Scheduler, group: AttentionGroup) -> bool:
@@ -129,6 +131,8 @@ def _pauses(scheduler: Scheduler) -> bool:
 def _rounds_of_room(group: AttentionGroup, rounds: int) -> int:
     """At most ``rounds``: those for which the group has blocks."""
     size, available = group.kv.block_size, group.kv.pool.num_available
+    if len(group.running) * -(-rounds // size) <= available:  # nobody needs more blocks than that
+        return rounds
     room = Counter(len(request.block_ids) * size - request.num_computed_tokens for request in group.running)
 
     def missing(after: int) -> int:
@@ -149,13 +153,13 @@ def _note_throttling(scheduler: Scheduler, group: AttentionGroup, num_steps: int
 
 
 def _grow(scheduler: Scheduler, group: AttentionGroup, rounds: int) -> None:
+    if not group.kv.grow_all(group.running, rounds):
+        raise ValueError(f"advance() by {rounds} rounds, for which there is no KV cache")
     counters, unknown = scheduler.counters, [0] * rounds
     for request in group.running:
         # A step in flight has computed its token already: the last round's is computed by the step then in flight.
         before = request.num_computed_tokens
         request.num_computed_tokens = after = before + rounds
-        if len(request.block_ids) * group.kv.block_size < after and not group.kv.grow(request, after):
-            raise ValueError(f"advance() by {rounds} rounds, for which there is no KV cache")
         if request.max_computed_tokens > before:
             counters.recomputed_tokens += min(request.max_computed_tokens, after) - before
         if request.max_computed_tokens < after:

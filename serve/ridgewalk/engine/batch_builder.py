@@ -54,8 +54,12 @@ class BatchBuilder:
 
 def _add_counts(batch: GroupBatch, rows: list[tuple[Request, int]]) -> None:
     """What a simulation reads of a step: which sequences, how far they are, how much is computed."""
-    for request, num_tokens in rows:
-        batch.seq_ids.append(request.seq_id)
-        batch.num_computed_tokens.append(request.num_computed_tokens)
-        batch.num_scheduled_tokens.append(num_tokens)
-        batch.samples.append(num_tokens == request.num_tokens_to_compute)
+    batch.seq_ids.extend([request.seq_id for request, _ in rows])
+    batch.num_computed_tokens.extend([request.num_computed_tokens for request, _ in rows])
+    batch.num_scheduled_tokens.extend([num_tokens for _, num_tokens in rows])
+    batch.samples.extend(
+        [
+            num_tokens == len(request.token_ids) + request.num_placeholders - request.num_computed_tokens
+            for request, num_tokens in rows
+        ]
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ridgewalk.engine.block_pool import BlockPool, hash_block
@@ -62,13 +63,25 @@ class KVCacheManager:
 
     def grow(self, request: Request, num_tokens: int) -> bool:
         """Extend the block table to hold ``num_tokens`` tokens; False (and nothing changed) when blocks are short."""
-        missing = self.blocks_for(num_tokens) - len(request.block_ids)
-        if missing <= 0:
+        if num_tokens <= len(request.block_ids) * self.block_size:
             return True
-        fresh = self.pool.allocate(missing)
+        fresh = self.pool.allocate(self.blocks_for(num_tokens) - len(request.block_ids))
         if fresh is None:
             return False
         request.block_ids += fresh
+        return True
+
+    def grow_all(self, requests: Sequence[Request], num_tokens: int) -> bool:
+        """Extend each table for so many more computed tokens; False (and nothing changed) when blocks are short."""
+        missing = [self.blocks_for(each.num_computed_tokens + num_tokens) - len(each.block_ids) for each in requests]
+        fresh = self.pool.allocate(sum([count for count in missing if count > 0]))
+        if fresh is None:
+            return False
+        used = 0
+        for request, count in zip(requests, missing, strict=True):
+            if count > 0:
+                request.block_ids += fresh[used : used + count]
+                used += count
         return True
 
     def publish_computed(self, request: Request, num_computed_tokens: int) -> None:

@@ -94,3 +94,14 @@ class Request:
     def may_sample_more(self) -> bool:
         """False once the tokens in flight already reach the request's limit."""
         return self.num_output_tokens + self.num_placeholders < self.sampling.max_tokens
+
+
+def finish_reason_after(request: Request, token_id: int) -> FinishReason | None:
+    """Why the request ends with this token, its last; None: it goes on. Notes the token if it is a stop token."""
+    sampling, num_output_tokens = request.sampling, len(request.token_ids) - request.num_prompt_tokens
+    if token_id in sampling.stop_token_ids and num_output_tokens >= sampling.min_tokens:
+        request.stop_token_id = token_id
+        return FinishReason.STOP
+    if num_output_tokens >= sampling.max_tokens:
+        return FinishReason.LENGTH
+    return None

@@ -18,8 +18,9 @@ from ridgewalk.engine.batch_builder import BatchBuilder
 from ridgewalk.engine.block_counter import make_kv_cache
 from ridgewalk.engine.kv_cache_manager import KVCacheManager, PrefixHit
 from ridgewalk.engine.micro_batches import row_limit
+from ridgewalk.engine.open_step import OpenStep
 from ridgewalk.engine.predictive_admission import make_admission
-from ridgewalk.engine.request import FinishReason, Request, RequestStatus
+from ridgewalk.engine.request import FinishReason, Request, RequestStatus, finish_reason_after
 from ridgewalk.engine.scheduler_config import SchedulerConfig
 from ridgewalk.engine.step import NO_TOKEN, GroupBatch, GroupOutput, StepInput, StepOutput
 from ridgewalk.engine.step_result import NewToken, SchedulerCounters, StepResult
@@ -77,7 +78,7 @@ class Scheduler:
         self.waiting: deque[Request] = deque()
         self.counters = SchedulerCounters()
         self._requests: dict[int, Request] = {}  # by seq_id, until they end
-        self._in_flight: deque[tuple[int, list[list[tuple[Request, bool]]]]] = deque()  # step_id, rows by group
+        self._in_flight: deque[OpenStep] = deque()
         self._builder = BatchBuilder(config.num_groups, config.counts_only)
         self._next_step_id = 0
 
@@ -162,7 +163,7 @@ class Scheduler:
             [(request, samples) for (request, _), samples in zip(plan.rows, batch.samples, strict=True)]
             for plan, batch in zip(plans, step.groups, strict=True)
         ]
-        self._in_flight.append((step.step_id, rows))
+        self._in_flight.append(OpenStep(step.step_id, rows, [sum(batch.samples) for batch in step.groups]))
         self._next_step_id += 1
         self.counters.steps += 1
         return step
@@ -173,17 +174,17 @@ class Scheduler:
         Raises:
             RuntimeError: the output is of another step.
         """
-        step_id, groups = self._in_flight.popleft()
-        if output.step_id != step_id:
-            raise RuntimeError(f"output of step {output.step_id} came while step {step_id} was due")
-        result = StepResult(step_id, [], [])
-        for rows, group_output in zip(groups, output.groups, strict=True):
+        step = self._in_flight.popleft()
+        if output.step_id != step.step_id:
+            raise RuntimeError(f"output of step {output.step_id} came while step {step.step_id} was due")
+        result = StepResult(step.step_id, [], [])
+        for rows, group_output in zip(step.rows, output.groups, strict=True):
             self._update_group(rows, group_output, result)
         return result
 
-    def rounds_until_event(self) -> int:
+    def rounds_until_event(self, at_most: int = 2**31) -> int:
         """Decode rounds ahead that are alike and may be applied at once: see `ridgewalk.engine.advance`."""
-        return rounds_until_event(self)
+        return rounds_until_event(self, at_most)
 
     def advance(self, rounds: int, stopped: Collection[Request] = ()) -> list[Request]:
         """Apply decode rounds (with `counts_only`); returns who ends with the last, those of ``stopped`` among them."""
@@ -191,19 +192,16 @@ class Scheduler:
 
     def sizes_in_flight(self, index: int) -> list[int]:
         """Sequences of a group that each step in flight samples for, oldest first; those that have ended aside."""
-        return [
-            len([row for row in groups[index] if row[1] and row[0].status is not RequestStatus.ENDED])
-            for _, groups in self._in_flight
-        ]
+        return [step.sizes[index] for step in self._in_flight]
 
     def renumber_in_flight(self, num_steps: int) -> None:
         """The steps in flight have gone round: they are ``num_steps`` later ones of the same sequences."""
-        for _ in range(len(self._in_flight)):
-            step_id, groups = self._in_flight.popleft()
-            for group, rows in zip(self.groups, groups, strict=True):
-                position = {request.seq_id: at for at, request in enumerate(group.running)}
-                rows.sort(key=lambda row: position[row[0].seq_id])
-            self._in_flight.append((step_id + num_steps, groups))
+        for index, group in enumerate(self.groups if self._in_flight else ()):
+            position = {request.seq_id: at for at, request in enumerate(group.running)}
+            for step in self._in_flight:
+                step.rows[index].sort(key=lambda row: position[row[0].seq_id])
+        for step in self._in_flight:
+            step.step_id += num_steps
         self._next_step_id += num_steps
         self.counters.steps += num_steps
 
@@ -216,9 +214,9 @@ class Scheduler:
         """
         preempted = False
         # In flight, chunks of a prompt sample nothing: the next one needs no result of theirs.
-        ahead = self.config.schedule_ahead
+        ahead, kv = self.config.schedule_ahead, plan.group.kv
         candidates = [
-            (request, request.num_tokens_to_compute)
+            (request, len(request.token_ids) + request.num_placeholders - request.num_computed_tokens)
             for request in plan.group.running
             if not request.num_in_flight or (request.may_sample_more if ahead else not request.num_placeholders)
         ]
@@ -227,8 +225,8 @@ class Scheduler:
                 break
             if request.status is not RequestStatus.RUNNING:
                 continue
-            num_tokens = min(left, plan.budget)
-            while not plan.group.kv.grow(request, request.num_computed_tokens + num_tokens):
+            num_tokens = left if left < plan.budget else plan.budget
+            while not kv.grow(request, request.num_computed_tokens + num_tokens):
                 plan.group.throttled = True
                 victim = self.admission.victim(plan.group.running)
                 if victim.num_in_flight:
@@ -279,7 +277,8 @@ class Scheduler:
         if not self.config.micro_batches:
             return self.config.max_num_seqs
         index = self.groups.index(group)
-        num_prefilling = len([request for request in group.running if request.is_prefilling])
+        num_prefilling = len([1 for each in group.running if not each.num_placeholders and
+                              len(each.token_ids) - each.num_computed_tokens > 1])  # fmt: skip
         num_sequences = len(group.running) - num_prefilling + num_admissible
         return num_prefilling + row_limit(num_sequences, self.sizes_in_flight(index), self.config.max_steps_in_flight)
 
@@ -353,41 +352,41 @@ class Scheduler:
 
     def _commit(self, index: int, plan: _Plan) -> GroupBatch:
         """Advance the planned requests as if the step had run, and write it down for the ranks."""
-        batch = self._builder.build(index, plan.rows)
+        batch, counters, kv = self._builder.build(index, plan.rows), self.counters, plan.group.kv
+        publishes = not self.config.counts_only
         for (request, num_tokens), samples in zip(plan.rows, batch.samples, strict=True):
             before = request.num_computed_tokens
-            request.num_computed_tokens += num_tokens
+            request.num_computed_tokens = after = before + num_tokens
             request.num_in_flight += 1
-            self.counters.computed_tokens += num_tokens
             if request.max_computed_tokens > before:
-                self.counters.recomputed_tokens += (
-                    min(request.max_computed_tokens, request.num_computed_tokens) - before
-                )
-            if request.max_computed_tokens < request.num_computed_tokens:
-                request.max_computed_tokens = request.num_computed_tokens
+                counters.recomputed_tokens += min(request.max_computed_tokens, after) - before
+            if request.max_computed_tokens < after:
+                request.max_computed_tokens = after
             request.num_placeholders += samples
-            plan.group.kv.publish_computed(request, request.num_computed_tokens)
+            if publishes:
+                kv.publish_computed(request, after)
+        counters.computed_tokens += batch.num_tokens
         return batch
 
     # -- results ----------------------------------------------------------------------------------------------------
 
     def _update_group(self, rows: list[tuple[Request, bool]], output: GroupOutput, result: StepResult) -> None:
-        for row, (request, samples) in enumerate(rows):
+        logprobs = output.logprobs or [None] * len(rows)
+        for (request, samples), token_id, chances in zip(rows, output.token_ids, logprobs, strict=True):
             request.num_in_flight -= 1
             request.num_placeholders -= samples
             if request.status is RequestStatus.ENDED:
                 self._release_if_idle(request)
                 continue
-            token_id = output.token_ids[row]
             if not samples:
                 continue
             if token_id == NO_TOKEN:
                 raise RuntimeError(f"step {result.step_id} brought no token for sequence {request.seq_id}")
+            offset = len(request.token_ids) - request.num_prompt_tokens
             request.token_ids.append(token_id)
             self.counters.generation_tokens += 1
-            logprobs = output.logprobs[row] if output.logprobs is not None else None
-            result.new_tokens.append(NewToken(request, request.num_output_tokens - 1, token_id, logprobs))
-            reason = _finish_reason(request, token_id)
+            result.new_tokens.append(NewToken(request, offset, token_id, chances))
+            reason = finish_reason_after(request, token_id)
             if reason is not None:
                 self._end(request, reason)
                 result.ended.append(request)
@@ -400,6 +399,9 @@ class Scheduler:
         else:
             self.groups[request.group].running.remove(request)
             self._builder.forget(request)
+            if request.num_placeholders:
+                for step in self._in_flight:
+                    step.leave(request)
         request.status = RequestStatus.ENDED
         request.finish_reason = reason
         self.admission.on_ended(request)
@@ -408,13 +410,3 @@ class Scheduler:
     def _release_if_idle(self, request: Request) -> None:
         if request.num_in_flight == 0 and request.block_ids:
             self.groups[request.group].kv.release(request)
-
-
-def _finish_reason(request: Request, token_id: int) -> FinishReason | None:
-    sampling = request.sampling
-    if token_id in sampling.stop_token_ids and request.num_output_tokens >= sampling.min_tokens:
-        request.stop_token_id = token_id
-        return FinishReason.STOP
-    if request.num_output_tokens >= sampling.max_tokens:
-        return FinishReason.LENGTH
-    return None

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
+from typing import NamedTuple
 
 from ridgewalk.placement import parameters
 from ridgewalk.placement.collective_cost import all_gather_s, all_reduce_s, all_to_all_s, send_s
@@ -23,8 +24,7 @@ from ridgewalk.placement.stages import stage_layers
 from ridgewalk.placement.weights import DTYPE_BYTES, expert_bytes, held_bytes, stage_weights
 
 
-@dataclass(frozen=True)
-class GroupLoad:
+class GroupLoad(NamedTuple):
     """What one attention group computes in one step."""
 
     num_tokens: float = 0.0
@@ -33,8 +33,7 @@ class GroupLoad:
     pairs: float = 0.0  # query-key pairs: for a decoding sequence its context
 
 
-@dataclass(frozen=True)
-class StepTime:
+class StepTime(NamedTuple):
     """Seconds of one step on a rank of one stage, by what takes them."""
 
     weights: float = 0.0  # reading weights, where that takes longer than the products with them
@@ -44,11 +43,12 @@ class StepTime:
     dispatch_combine: float = 0.0  # all-to-all among expert-parallel ranks
     launch: float = 0.0  # kernels that follow each other
     send: float = 0.0  # to the next stage, and taking over from the one before
+    ranks: float = 0.0  # messages to several ranks, and waiting for the last of them to begin
 
     @property
     def total(self) -> float:
         """All of it."""
-        return math.fsum(getattr(self, field.name) for field in fields(self))
+        return math.fsum(self)
 
 
 @dataclass(frozen=True)
@@ -82,12 +82,15 @@ class CostModel:
         self._ep = mesh.dp * mesh.tp if mesh.expert_parallel else 1
         self._products = _by_rows(hardware.product_shares.get(product_dtype, {}))
         self._describe_attention()
-        self._stages = self._describe_stages()
+        self._expert_stretch = self._stretch_of_experts()
+        stages = self._describe_stages()
+        self._kinds = list(dict.fromkeys(stages))  # most stages of a pipeline are alike
+        self._kind_of_stage = [self._kinds.index(stage) for stage in stages]
 
     @property
     def num_stages(self) -> int:
         """Pipeline stages."""
-        return len(self._stages)
+        return len(self._kind_of_stage)
 
     def host_s(self, num_sequences: float) -> float:
         """The host's work on a step of so many sequences; while it lasts, the ranks have nothing to do."""
@@ -95,7 +98,8 @@ class CostModel:
 
     def stage_times(self, groups: list[GroupLoad]) -> list[StepTime]:
         """Seconds of a step on each stage. Attention groups enter the all-to-all together: the slowest one counts."""
-        return [self._stage_time(stage, groups) for stage in self._stages]
+        times = [self._stage_time(stage, groups) for stage in self._kinds]
+        return [times[kind] for kind in self._kind_of_stage]
 
     def _stage_time(self, stage: _Stage, groups: list[GroupLoad]) -> StepTime:
         hardware, mesh = self.hardware, self.mesh
@@ -128,11 +132,13 @@ class CostModel:
             one = all_to_all_s(hardware, self._ep, hidden_bytes / mesh.tp * copies)
             dispatch = 2 * stage.num_sparse * one
         send = hardware.stage_overhead_s if mesh.pp > 1 else 0.0
+        ranks = hardware.ranks_overhead_s if mesh.world_size > 1 else 0.0
         if not stage.is_last:
             send += send_s(hardware, mesh.dp * mesh.tp, hidden_bytes / mesh.tp)
         values = tokens * self.spec.hidden_size
         launch = stage.num_layers * (hardware.layer_overhead_s + values * hardware.value_overhead_s)
-        return StepTime(weights, products, attention, all_reduce, dispatch, launch, send)
+        launch += stage.num_sparse * hardware.sparse_layer_overhead_s
+        return StepTime(weights, products, attention, all_reduce, dispatch, launch, send, ranks)
 
     def _expert_times(self, stage: _Stage, tokens: float) -> tuple[float, float]:
         """Reading and computing the routed experts of all sparse layers, on the busiest rank.
@@ -146,7 +152,7 @@ class CostModel:
         rows = tokens * moe.top_k / self._ep
         if self._ep > 1:
             rows += math.sqrt(2 * rows * math.log(self._ep))
-        reading = stage.num_sparse * touched * stage.expert_bytes / self._bandwidth
+        reading = stage.num_sparse * touched * stage.expert_bytes * self._expert_stretch / self._bandwidth
         alike = max(1.0, touched)  # products of as many rows each
         return reading, stage.num_sparse * alike * self._product_s(stage.expert_flops, rows / alike)
 
@@ -166,6 +172,19 @@ class CostModel:
         elif measured := hardware.attention_bandwidth.get(spec.dtype):
             per_byte = MeasuredCurve.of({heads: 1 / rate for heads, rate in measured.items()})
             self._kv_bandwidth = 1 / per_byte.at(spec.num_heads_per_rank(tp) / spec.num_kv_heads_per_rank(tp))
+
+    def _stretch_of_experts(self) -> float:
+        """How much longer reading an expert takes because its kernels must get going, above all in narrow slices.
+
+        Each tile of a product runs along its input columns with a few loads ahead, and computes nothing until the first
+        has come: K columns take the time of K + `HardwareSpec.expert_fill`. Gate and up, two thirds of the weights, run
+        along the hidden size; down runs along this rank's slice of the intermediate one.
+        """
+        if self.spec.moe is None:
+            return 1.0
+        slices = 1 if self.mesh.expert_parallel else self.mesh.tp
+        fill = self.hardware.expert_fill
+        return 1 + fill / 3 * (2 / self.spec.hidden_size + slices / self.spec.moe.intermediate_size)
 
     def _describe_stages(self) -> list[_Stage]:
         spec, mesh = self.spec, self.mesh

@@ -65,6 +65,9 @@ class HardwareSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     sequence_overhead_s: _NotNegative  # the same, for each sequence of the step
     between_nodes: Link | None = None  # None: there is one node
     num_nodes: _Count = 1
+    ranks_overhead_s: _NotNegative = 0.0  # of one step on the ranks of one stage, where these are several processes
+    sparse_layer_overhead_s: _NotNegative = 0.0  # of a sparse layer in one step, beside `layer_overhead_s`
+    expert_fill: _NotNegative = 0.0  # of an expert's product, input columns whose time its kernel takes to get going
     device: Literal["cuda", "cpu"] = "cuda"
 
     # What `ridgewalk calibrate` adds: where kernels are far from the roofline, and ranks are not alone on a machine.

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import gc
+import math
 import multiprocessing
 import os
-from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Collection, Sequence
+from concurrent.futures import Executor, ProcessPoolExecutor
 from dataclasses import dataclass
 from typing import Literal
 
 from ridgewalk.placement.memory import MemoryPlanError
 from ridgewalk.placement.mesh_fit import mesh_problem
 from ridgewalk.planning.shape import Placement
-from ridgewalk.planning.simulator import Outcome, Scene, memory_of, shared, simulate
+from ridgewalk.planning.simulator import Outcome, Scene, memory_of, outcome_at_best, shared, simulate
 
 Objective = Literal["throughput", "goodput"]
 
@@ -36,29 +37,57 @@ class Candidate:
     placement: Placement
     outcome: Outcome | None
     problem: str = ""
+    simulated: bool = True  # False: `outcome` is one that it cannot exceed
 
 
-def evaluate(scene: Scene, placements: Sequence[Placement]) -> list[Candidate]:
-    """Simulate what can be loaded, on all cores of this machine; in the order given."""
+def evaluate(scene: Scene, placements: Sequence[Placement], needed: Collection[str] | None = None) -> list[Candidate]:
+    """Simulate what can be loaded, on all cores of this machine; in the order given.
+
+    Unless ``needed`` is None, pipelines that are not named in it are simulated only if, at best, they take less time
+    than the best of the others: simulating one costs several times as much.
+    """
     problems = [_problem(scene, placement) for placement in placements]
     feasible = [placement for placement, problem in zip(placements, problems, strict=True) if not problem]
     tokens = sum(arrival.output_length for arrival in scene.arrivals)
     workers = min(len(feasible), os.cpu_count() or 1)
     if workers < 2 or tokens < SMALL_LOAD:
-        outcomes = [simulate(scene, placement) for placement in feasible]
+        found = {placement: Candidate(placement, simulate(scene, placement)) for placement in feasible}
     else:
-        # Nothing that a simulation makes is in a cycle, so it needs no collector. Long pipelines take longest: first.
+        # Nothing that a simulation makes is in a cycle, so it needs no collector.
         with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=gc.disable) as pool:
-            futures = {
-                placement: pool.submit(simulate, scene, placement)
-                for placement in sorted(feasible, key=lambda each: -max(shape.mesh.pp for shape in each.shapes))
-            }
-            outcomes = [futures[placement].result() for placement in feasible]
-    found = iter(outcomes)
+            found = _simulate_in(pool, scene, feasible, needed)
     return [
-        Candidate(placement, None if problem else next(found), problem)
+        Candidate(placement, None, problem) if problem else found[placement]
         for placement, problem in zip(placements, problems, strict=True)
     ]
+
+
+def _simulate_in(
+    pool: Executor, scene: Scene, placements: Sequence[Placement], needed: Collection[str] | None
+) -> dict[Placement, Candidate]:
+    """The longest first: larger batches cost more to simulate, and so do more stages."""
+    waiting = sorted(placements, key=lambda each: min((-shape.mesh.pp, shape.replicas) for shape in each.shapes))
+    late = [] if needed is None else [each for each in waiting if _has_stages(each) and each.name not in needed]
+    found: dict[Placement, Candidate] = {}
+
+    def run(chosen: Sequence[Placement]) -> None:
+        futures = [(placement, pool.submit(simulate, scene, placement)) for placement in chosen]
+        found.update((placement, Candidate(placement, future.result())) for placement, future in futures)
+
+    run([each for each in waiting if each not in late])
+    shortest = min((each.outcome.makespan_s for each in found.values() if each.outcome is not None), default=math.inf)
+    at_best = {placement: outcome_at_best(scene, placement) for placement in late}
+    found.update(
+        (placement, Candidate(placement, outcome, simulated=False))
+        for placement, outcome in at_best.items()
+        if outcome.makespan_s >= shortest
+    )
+    run([each for each in late if each not in found])
+    return found
+
+
+def _has_stages(placement: Placement) -> bool:
+    return any(shape.mesh.pp > 1 for shape in placement.shapes)
 
 
 def rank(candidates: Sequence[Candidate], objective: Objective, limits: Limits) -> list[Candidate]:

@@ -27,9 +27,8 @@ POLICIES: Mapping[str, Policy] = MappingProxyType(
     {
         policy.name: policy
         for policy in (
-            # As vLLM v1 admits: whoever's prompt fits. 8,192 tokens and 0.9 are its defaults on GPUs of this class; 256
-            # sequences is its older one, that the published pipeline of 14B is compatible with (RESULTS, Fidelity).
-            Policy("vllm", 256, 8192, 0.9, host_overlaps=False),
+            # As vLLM v1 admits: whoever's prompt fits. All are its defaults on GPUs of this class.
+            Policy("vllm", 1024, 8192, 0.9, host_overlaps=False),
             # Our engine's defaults: a request begins when the predicted peak of KV use fits, and goes where it delays
             # everybody least.
             Policy("ridgewalk", 256, 8192, 0.9, host_overlaps=True, admission="predictive", routing="kv_growth"),

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Collection
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 
-from ridgewalk.engine.request import Request
+from ridgewalk.engine.request import Request, RequestStatus
 from ridgewalk.engine.sampling import SamplingParams
 from ridgewalk.engine.scheduler import Scheduler
 from ridgewalk.engine.scheduler_config import SchedulerConfig
@@ -63,7 +63,9 @@ class ReplicaSimulation:
         self.meter: StepMeter | None = None  # of steps, for who learns from them
         self._ended: list[Request] = []  # while metered
         self._running: dict[int, Request] = {}
-        self._lengths: dict[int, int] = {}
+        self._totals: dict[int, int] = {}  # tokens of prompt and output, by seq_id
+        # In a pipeline: until this request has so many tokens, something happens to it within the round that goes on.
+        self._watched: tuple[Request, int] | None = None
         self._open: deque[tuple[StepInput, float]] = deque()  # steps in flight, and when they end
         self._stage_free_s = [0.0] * self.cost.num_stages
         self._host_free_s = 0.0
@@ -94,7 +96,7 @@ class ReplicaSimulation:
         request = Request(seq_id, "", 0, [OTHER_TOKEN] * prompt_length, prompt_length, self.sampling(effort), now_s)
         self.scheduler.add(request)
         self._running[seq_id] = request
-        self._lengths[seq_id] = output_length
+        self._totals[seq_id] = prompt_length + output_length
         self.logs[seq_id] = RequestLog(now_s, output_length)
 
     def run_until(self, limit_s: float = math.inf) -> None:
@@ -107,15 +109,23 @@ class ReplicaSimulation:
 
     def _advance(self, limit_s: float) -> bool:
         """Take all the steps until something happens at once. False: the next step is unlike the one after it."""
-        rounds = self.scheduler.rounds_until_event()
-        if rounds < 1:
-            return False
+        if self._watched is not None:
+            request, num_tokens = self._watched
+            if request.status is RequestStatus.RUNNING and len(request.token_ids) < num_tokens:
+                return False
+            self._watched = None
         running = [request for group in self.scheduler.groups for request in group.running]
-        lengths = self._lengths
-        left = [lengths[request.seq_id] + request.num_prompt_tokens - len(request.token_ids) for request in running]
-        micro_batches = 1 + len(self._open)
-        rounds = min(rounds, min(left) - (micro_batches > 1))  # in a pipeline a sequence ends within a round
-        if rounds < 1 or self._first_tokens_due(running):
+        if not running:
+            return False
+        totals, micro_batches = self._totals, 1 + len(self._open)
+        left = [totals[request.seq_id] - len(request.token_ids) for request in running]
+        fewest = min(left)
+        if micro_batches > 1:
+            self._watched = self._next_event(running, left)
+            if self._watched is not None:
+                return False
+        rounds = self.scheduler.rounds_until_event(fewest - (micro_batches > 1))
+        if rounds < 1:
             return False
         loads = self._decode_loads(micro_batches)
         if limit_s < math.inf:
@@ -125,7 +135,7 @@ class ReplicaSimulation:
         self._account(stages, host_s, rounds * micro_batches)
         if self.meter is not None:
             self._meter_rounds(self.meter, rounds, seconds)
-        stopped = {request for request, count in zip(running, left, strict=True) if count == rounds}
+        stopped = {request for request, count in zip(running, left, strict=True) if count == rounds == fewest}
         ended = self.scheduler.advance(rounds, stopped)
         self._pass(rounds * seconds, rounds * micro_batches)
         self._end(ended)
@@ -137,9 +147,12 @@ class ReplicaSimulation:
         grown = number * rounds / 2 / self.config.block_size
         meter.add(StepMeans(rounds, seconds, number, blocks + grown, 0))
 
-    def _first_tokens_due(self, running: list[Request]) -> bool:
-        """In a pipeline, whether a step in flight ends a prompt: its first token comes in that very step."""
-        return bool(self._open) and any(request.num_output_tokens == 0 for request in running)
+    def _next_event(self, running: list[Request], left: list[int]) -> tuple[Request, int] | None:
+        """A request that ends within this round, or whose prompt does: its first token comes in that very step."""
+        for request, count in zip(running, left, strict=True):
+            if count == 1 or len(request.token_ids) == request.num_prompt_tokens:
+                return request, len(request.token_ids) + 1
+        return None
 
     def _pass(self, seconds: float, num_steps: int) -> None:
         """So much time has passed and everything in flight is again as it was, so many steps later."""
@@ -198,9 +211,8 @@ class ReplicaSimulation:
         step, end_s = self._open.popleft()
         self.clock_s = max(self.clock_s, end_s)
         result = self.scheduler.update(StepOutput(step.step_id, [self._sample(batch) for batch in step.groups]))
-        for token in result.new_tokens:
-            if token.offset == 0:
-                self.logs[token.request.seq_id].first_token_s = self.clock_s
+        for request in [token.request for token in result.new_tokens if token.offset == 0]:
+            self.logs[request.seq_id].first_token_s = self.clock_s
         self._end(result.ended)
 
     def _submit(self, step: StepInput) -> float:
@@ -224,15 +236,15 @@ class ReplicaSimulation:
         return ready
 
     def _sample(self, batch: GroupBatch) -> GroupOutput:
+        running, totals = self._running, self._totals
         return GroupOutput(
             [
-                (STOP_TOKEN if self._is_last(seq_id) else OTHER_TOKEN) if samples else NO_TOKEN
+                (STOP_TOKEN if len(running[seq_id].token_ids) + 1 >= totals[seq_id] else OTHER_TOKEN)
+                if samples
+                else NO_TOKEN
                 for seq_id, samples in zip(batch.seq_ids, batch.samples, strict=True)
             ]
         )
-
-    def _is_last(self, seq_id: int) -> bool:
-        return self._running[seq_id].num_output_tokens + 1 >= self.logs[seq_id].output_length
 
     # -- accounts -----------------------------------------------------------------------------------------------------
 
@@ -244,9 +256,8 @@ class ReplicaSimulation:
             self._ended += ended
 
     def _account(self, stages: list[StepTime], host_s: float, steps: float) -> None:
-        for term in fields(StepTime):
-            mean = sum(getattr(stage, term.name) for stage in stages) / len(stages)
-            self._add(term.name, mean * steps)
+        for term, seconds in zip(StepTime._fields, zip(*stages, strict=True), strict=True):
+            self._add(term, sum(seconds) / len(stages) * steps)
         if len(stages) == 1 and not self.host_overlaps:
             self._add(HOST, host_s * steps)
 
@@ -255,8 +266,12 @@ class ReplicaSimulation:
 
 
 def _load(batch: GroupBatch) -> GroupLoad:
+    num_tokens, num_sequences = batch.num_tokens, len(batch.seq_ids)
+    if num_tokens == num_sequences:  # all of them decode
+        contexts = sum(batch.num_computed_tokens) + num_tokens
+        return GroupLoad(num_tokens, num_sequences, contexts, contexts)
     kv_tokens, pairs = 0, 0.0
     for computed, scheduled in zip(batch.num_computed_tokens, batch.num_scheduled_tokens, strict=True):
         kv_tokens += computed + scheduled
         pairs += scheduled * (computed + (scheduled + 1) / 2)
-    return GroupLoad(batch.num_tokens, len(batch.seq_ids), kv_tokens, pairs)
+    return GroupLoad(num_tokens, num_sequences, kv_tokens, pairs)

@@ -46,6 +46,8 @@ def as_table(ranked: Sequence[Candidate], title: str) -> Table:
                 f"{outcome.kv_capacity_tokens:,}",
                 f"{outcome.preemptions:,}",
             )
+            if not candidate.simulated:
+                figures = (f"over {figures[0]}", f"under {figures[1]}", "-", f"over {figures[3]}", figures[4], "-")
         table.add_row(candidate.placement.name, *figures)
     return table
 

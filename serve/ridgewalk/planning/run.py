@@ -63,7 +63,8 @@ def run_plan(
         from ridgewalk.planning.plot import check_plot
 
         check_plot(plot)
-    ranked = rank(evaluate(scene, placements), goal, limits)
+    asked_about = None if only is not None or goal != "throughput" else {explain or ""}
+    ranked = rank(evaluate(scene, placements, asked_about), goal, limits)
     if as_json:
         typer.echo(json.dumps(as_data(ranked), indent=1))
     else:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from statistics import median
 
 from ridgewalk.engine.scheduler_config import SchedulerConfig
-from ridgewalk.placement.cost_model import CostModel
+from ridgewalk.placement.cost_model import CostModel, GroupLoad
 from ridgewalk.placement.hardware import HardwareSpec
 from ridgewalk.placement.memory import BudgetSource, MemoryPlan, plan_memory
 from ridgewalk.placement.model_spec import ModelSpec
@@ -80,6 +80,11 @@ class Scene:
         return max(arrival.prompt_length for arrival in self.arrivals) + self.max_output_length
 
     @property
+    def host_overlaps(self) -> bool:
+        """Host and ranks work at the same time."""
+        return self.policy.host_overlaps and not self.hardware.host_shares_cores
+
+    @property
     def max_output_length(self) -> int:
         """Tokens of the longest output: every request's ``max_tokens``."""
         return max(arrival.output_length for arrival in self.arrivals)
@@ -122,7 +127,6 @@ def simulate(scene: Scene, placement: Placement) -> Outcome:
         MemoryPlanError: a shape does not fit.
     """
     scene = shared(scene, placement)
-    overlaps = scene.policy.host_overlaps and not scene.hardware.host_shares_cores
     replicas: list[ReplicaSimulation] = []
     capacity = 0
     for shape in placement.shapes:
@@ -130,7 +134,7 @@ def simulate(scene: Scene, placement: Placement) -> Outcome:
         cost = CostModel(scene.spec, shape.mesh, scene.hardware)
         config = _scheduler_config(scene, shape, memory)
         for _ in range(shape.replicas):
-            replicas.append(ReplicaSimulation(config, cost, scene.max_output_length, overlaps))
+            replicas.append(ReplicaSimulation(config, cost, scene.max_output_length, scene.host_overlaps))
             capacity += memory.kv_tokens * shape.mesh.dp
     router = _router(scene, replicas)
     for seq_id, arrival in enumerate(scene.arrivals):
@@ -147,6 +151,47 @@ def _router(scene: Scene, replicas: Sequence[ReplicaSimulation]) -> SimulatedRou
     if scene.policy.routing is None:
         return VllmBalancer(replicas)
     return SimulatedRouter(make_policy(scene.policy.routing, scene.max_model_len), replicas)
+
+
+def outcome_at_best(scene: Scene, placement: Placement) -> Outcome:
+    """What no simulation of the placement can exceed: as if every request ran alone, all of them at once.
+
+    A request gets its next token when the step of the last has crossed host and stages, and no such step is shorter
+    than that of the request alone: no term of a step's time falls when its load grows. So each takes at least as long
+    as this, and the makespan is at least the time of the longest, and that of all of them over the seats
+    (``max_num_seqs`` of each attention group).
+
+    Raises:
+        MemoryPlanError: a shape does not fit.
+    """
+    scene = shared(scene, placement)
+    capacity, seats, fastest = 0, 0, [math.inf] * len(scene.arrivals)
+    for shape in placement.shapes:
+        capacity += shape.replicas * shape.mesh.dp * memory_of(scene, shape).kv_tokens
+        seats += shape.replicas * shape.mesh.dp * scene.policy.max_num_seqs
+        cost = CostModel(scene.spec, shape.mesh, scene.hardware)
+        for index, arrival in enumerate(scene.arrivals):
+            # Attention takes time in proportion to the context, so that its mean decides.
+            context = arrival.prompt_length + (arrival.output_length - 1) / 2
+            alone = GroupLoad(1, 1, context, context)
+            stages = cost.stage_times([alone, *[GroupLoad()] * (shape.mesh.dp - 1)])
+            host_s, ranks_s = cost.host_s(1), sum(stage.total for stage in stages)
+            token_s = max(host_s, ranks_s) if scene.host_overlaps else host_s + ranks_s
+            fastest[index] = min(fastest[index], token_s)
+    logs = [RequestLog(arrival.time_s, arrival.output_length) for arrival in scene.arrivals]
+    for log, token_s in zip(logs, fastest, strict=True):
+        log.first_token_s = log.arrival_s + token_s
+        log.end_s = log.arrival_s + log.output_length * token_s
+    longest = max(log.end_s for log in logs) - scene.arrivals[0].time_s
+    return Outcome(
+        makespan_s=max(longest, sum(log.end_s - log.arrival_s for log in logs) / seats),
+        output_tokens=sum(log.output_length for log in logs),
+        logs=tuple(logs),
+        kv_capacity_tokens=capacity,
+        preemptions=0,
+        recomputed_tokens=0,
+        spent_s={},
+    )
 
 
 def _scheduler_config(scene: Scene, shape: Shape, memory: MemoryPlan) -> SchedulerConfig:

@@ -91,7 +91,7 @@ def _plan(
             f"models: the listed placements take {config.num_ranks} of {hardware.num_devices} devices, which leaves "
             f"none for {model.served_name}; state its placements"
         )
-    ranked = rank(evaluate(scene, _candidates(num_devices, hardware, scene.spec)), "throughput", Limits())
+    ranked = rank(evaluate(scene, _candidates(num_devices, hardware, scene.spec), needed=()), "throughput", Limits())
     best = ranked[0]
     if best.outcome is None:
         raise ConfigError(f"models: no placement of {model.served_name} fits; {best.placement.name}: {best.problem}")

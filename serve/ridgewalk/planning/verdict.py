@@ -5,7 +5,7 @@ from __future__ import annotations
 from ridgewalk.planning.planner import Candidate
 from ridgewalk.planning.simulator import Outcome
 
-SYNCHRONIZATION = ("all_reduce", "dispatch_combine", "send")
+SYNCHRONIZATION = ("all_reduce", "dispatch_combine", "send", "ranks")
 NOTABLE = 0.05
 """A share of the time, or a difference of shares, worth a word."""
 
@@ -16,7 +16,8 @@ TERMS = {
     "all_reduce": "all-reduce among tensor-parallel ranks",
     "dispatch_combine": "dispatch and combine among expert-parallel ranks",
     "launch": "starting kernels",
-    "send": "sending to the next stage",
+    "send": "handing over to the next stage",
+    "ranks": "telling the ranks, and waiting for the last to begin",
     "host": "the host between steps",
     "idle": "idle: finished early, or waiting for a stage, for the host or for requests",
 }
@@ -37,6 +38,11 @@ def reason(candidate: Candidate, best: Candidate) -> str:
     if candidate is best:
         return f"best: {_account(outcome)}"
     share = outcome.throughput_tokens_per_s / best.outcome.throughput_tokens_per_s
+    if not candidate.simulated:
+        return (
+            f"at most {share:.0%} of the best's throughput, so it was not simulated (its figures are bounds): "
+            f"synchronization cliff, a token takes {outcome.tpot_p50_s * 1e3:.1f} ms or more to cross the stages"
+        )
     return f"{share:.0%} of the best's throughput: {_complaint(outcome, best.outcome)}"
 
 
@@ -50,7 +56,7 @@ def _complaint(outcome: Outcome, best: Outcome) -> str:
         )
     waiting, usual = (sum(each[term] for term in SYNCHRONIZATION) for each in (own, others))
     if waiting > usual + NOTABLE:
-        complaints.append(f"synchronization cliff, {waiting:.0%} of the time in collectives, the best's {usual:.0%}")
+        complaints.append(f"synchronization cliff, {waiting:.0%} of the time between ranks, the best's {usual:.0%}")
     for term, words in (("idle", "idle"), ("host", "with the host"), ("weights", "reading weights"),
                         ("launch", "starting kernels")):  # fmt: skip
         if own[term] > others[term] + NOTABLE:

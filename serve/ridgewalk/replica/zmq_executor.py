@@ -40,6 +40,9 @@ logger = logging.getLogger(__name__)
 START_TIMEOUT_S = 120.0
 """A rank that has not said `Hello` by then is not coming (no room on the cluster, a broken installation)."""
 
+END_KNOWN_S = 1.0
+"""The launcher knows of a rank's end by then; its connection is gone at once."""
+
 
 class RankLauncher(Protocol):
     """Starts rank processes and notices when one ends."""
@@ -208,7 +211,16 @@ class ZmqExecutor:
             try:
                 self.socket.send_multipart([identity, payload])
             except zmq.ZMQError as error:  # a step that one rank misses would leave the others waiting for it
+                if not isinstance(message, Stop):
+                    self._await_end()
                 raise ExecutorError(f"rank {rank} of {self.config.model_name} is not connected: {error}") from None
+
+    def _await_end(self) -> None:
+        """Raise what ended a rank that does not listen any more, if the launcher hears of it soon."""
+        deadline = time.monotonic() + END_KNOWN_S
+        while time.monotonic() < deadline:
+            self.check_ranks()
+            time.sleep(0.02)
 
     def _receive(self, timeout_s: float) -> FromRank | None:
         """The next message of a rank, or None.
