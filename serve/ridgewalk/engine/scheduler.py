@@ -17,9 +17,9 @@ from ridgewalk.engine.advance import advance, rounds_until_event
 from ridgewalk.engine.batch_builder import BatchBuilder
 from ridgewalk.engine.block_counter import make_kv_cache
 from ridgewalk.engine.kv_cache_manager import KVCacheManager, PrefixHit
-from ridgewalk.engine.micro_batches import row_limit
+from ridgewalk.engine.micro_batches import count_prefilling, row_limit
 from ridgewalk.engine.predictive_admission import make_admission
-from ridgewalk.engine.request import FinishReason, Request, RequestStatus
+from ridgewalk.engine.request import FinishReason, Request, RequestStatus, finish_reason
 from ridgewalk.engine.scheduler_config import SchedulerConfig
 from ridgewalk.engine.step import NO_TOKEN, GroupBatch, GroupOutput, StepInput, StepOutput
 from ridgewalk.engine.step_result import NewToken, SchedulerCounters, StepResult
@@ -285,15 +285,9 @@ class Scheduler:
         if not self.config.micro_batches:
             return self.config.max_num_seqs
         index = self.groups.index(group)
-        num_prefilling = len(
-            [
-                request
-                for request in group.running
-                if not request.num_placeholders and len(request.token_ids) - request.num_computed_tokens > 1
-            ]
-        )
-        num_sequences = len(group.running) - num_prefilling + num_admissible
-        return num_prefilling + row_limit(num_sequences, self.sizes_in_flight(index), self.config.max_steps_in_flight)
+        prefilling = count_prefilling(group.running)
+        num_sequences = len(group.running) - prefilling + num_admissible
+        return prefilling + row_limit(num_sequences, self.sizes_in_flight(index), self.config.max_steps_in_flight)
 
     def _raise_row_limits(self, plans: list[_Plan]) -> None:
         if self.config.micro_batches:
@@ -399,7 +393,7 @@ class Scheduler:
             request.token_ids.append(token_id)
             self.counters.generation_tokens += 1
             result.new_tokens.append(NewToken(request, offset, token_id, chances))
-            reason = _finish_reason(request, token_id)
+            reason = finish_reason(request, token_id)
             if reason is not None:
                 self._end(request, reason)
                 result.ended.append(request)
@@ -412,29 +406,14 @@ class Scheduler:
         else:
             self.groups[request.group].running.remove(request)
             self._builder.forget(request)
-            if request.num_placeholders:
-                self._leave_steps_in_flight(request)
+            for step in self._in_flight if request.num_placeholders else ():  # it is ended from outside
+                rows = step.rows[request.group]
+                step.sizes[request.group] -= len([row for row in rows if row[0] is request and row[1]])
         request.status = RequestStatus.ENDED
         request.finish_reason = reason
         self.admission.on_ended(request)
         self._release_if_idle(request)
 
-    def _leave_steps_in_flight(self, request: Request) -> None:
-        """It is ended from outside: what the steps in flight sample for it counts no more."""
-        for step in self._in_flight:
-            rows = step.rows[request.group]
-            step.sizes[request.group] -= len([row for row in rows if row[0] is request and row[1]])
-
     def _release_if_idle(self, request: Request) -> None:
         if request.num_in_flight == 0 and request.block_ids:
             self.groups[request.group].kv.release(request)
-
-
-def _finish_reason(request: Request, token_id: int) -> FinishReason | None:
-    sampling, num_output_tokens = request.sampling, len(request.token_ids) - request.num_prompt_tokens
-    if token_id in sampling.stop_token_ids and num_output_tokens >= sampling.min_tokens:
-        request.stop_token_id = token_id
-        return FinishReason.STOP
-    if num_output_tokens >= sampling.max_tokens:
-        return FinishReason.LENGTH
-    return None
