@@ -191,3 +191,12 @@ def test_a_stream_of_arrivals_starves_nobody(
         if all(request.finish_reason is FinishReason.LENGTH for request in first):
             return
     pytest.fail(f"{first} did not end")
+
+
+def test_who_is_ended_from_outside_no_longer_counts_in_the_steps_in_flight() -> None:
+    core = make_core(2, 2)
+    requests = [add(core, [number], 40) for number in range(6)]
+    core.pump()
+    assert core.scheduler.sizes_in_flight(0) == [3, 3]
+    core.finish(requests[0], FinishReason.ABORT)
+    assert core.scheduler.sizes_in_flight(0) == [2, 3]

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from ridgewalk.engine.request import Request
+
 
 def row_limit(num_sequences: int, open_sizes: Sequence[int], max_steps: int) -> int:
     """Sequences that the next step of an attention group may take: at least 1 when one is in no step in flight.
@@ -20,3 +22,8 @@ def row_limit(num_sequences: int, open_sizes: Sequence[int], max_steps: int) -> 
     share, num_larger = divmod(num_sequences, max_steps)
     num_larger_open = sum(size > share for size in open_sizes)
     return share + (num_larger_open < num_larger)
+
+
+def count_prefilling(requests: Sequence[Request]) -> int:
+    """Those with more than one known token left to compute: a prompt, or what a preempted request had."""
+    return len([each for each in requests if not each.num_placeholders and each.num_tokens_to_compute > 1])

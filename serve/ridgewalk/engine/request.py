@@ -86,18 +86,13 @@ class Request:
         return len(self.token_ids) + self.num_placeholders - self.num_computed_tokens
 
     @property
-    def is_prefilling(self) -> bool:
-        """True while more than one known token is left to compute: a prompt, or what a preempted request had."""
-        return self.num_placeholders == 0 and len(self.token_ids) - self.num_computed_tokens > 1
-
-    @property
     def may_sample_more(self) -> bool:
         """False once the tokens in flight already reach the request's limit."""
         return self.num_output_tokens + self.num_placeholders < self.sampling.max_tokens
 
 
-def finish_reason_after(request: Request, token_id: int) -> FinishReason | None:
-    """Why the request ends with this token, its last; None: it goes on. Notes the token if it is a stop token."""
+def finish_reason(request: Request, token_id: int) -> FinishReason | None:
+    """Why the request ends with the token that it has just got; None when it goes on."""
     sampling, num_output_tokens = request.sampling, len(request.token_ids) - request.num_prompt_tokens
     if token_id in sampling.stop_token_ids and num_output_tokens >= sampling.min_tokens:
         request.stop_token_id = token_id

@@ -17,10 +17,9 @@ from ridgewalk.engine.advance import advance, rounds_until_event
 from ridgewalk.engine.batch_builder import BatchBuilder
 from ridgewalk.engine.block_counter import make_kv_cache
 from ridgewalk.engine.kv_cache_manager import KVCacheManager, PrefixHit
-from ridgewalk.engine.micro_batches import row_limit
-from ridgewalk.engine.open_step import OpenStep
+from ridgewalk.engine.micro_batches import count_prefilling, row_limit
 from ridgewalk.engine.predictive_admission import make_admission
-from ridgewalk.engine.request import FinishReason, Request, RequestStatus, finish_reason_after
+from ridgewalk.engine.request import FinishReason, Request, RequestStatus, finish_reason
 from ridgewalk.engine.scheduler_config import SchedulerConfig
 from ridgewalk.engine.step import NO_TOKEN, GroupBatch, GroupOutput, StepInput, StepOutput
 from ridgewalk.engine.step_result import NewToken, SchedulerCounters, StepResult
@@ -64,6 +63,15 @@ class _Plan:
         return self.budget == 0 or len(self.rows) >= self.max_rows
 
 
+@dataclass(eq=False)
+class _OpenStep:
+    """A step in flight; by group."""
+
+    step_id: int
+    rows: list[list[tuple[Request, bool]]]  # request, and whether the step samples for it
+    sizes: list[int]  # sequences sampled for that have not ended
+
+
 class Scheduler:
     """All queues and KV accounting of one replica.
 
@@ -78,7 +86,7 @@ class Scheduler:
         self.waiting: deque[Request] = deque()
         self.counters = SchedulerCounters()
         self._requests: dict[int, Request] = {}  # by seq_id, until they end
-        self._in_flight: deque[OpenStep] = deque()
+        self._in_flight: deque[_OpenStep] = deque()
         self._builder = BatchBuilder(config.num_groups, config.counts_only)
         self._next_step_id = 0
 
@@ -163,7 +171,7 @@ class Scheduler:
             [(request, samples) for (request, _), samples in zip(plan.rows, batch.samples, strict=True)]
             for plan, batch in zip(plans, step.groups, strict=True)
         ]
-        self._in_flight.append(OpenStep(step.step_id, rows, [sum(batch.samples) for batch in step.groups]))
+        self._in_flight.append(_OpenStep(step.step_id, rows, [sum(batch.samples) for batch in step.groups]))
         self._next_step_id += 1
         self.counters.steps += 1
         return step
@@ -277,10 +285,9 @@ class Scheduler:
         if not self.config.micro_batches:
             return self.config.max_num_seqs
         index = self.groups.index(group)
-        num_prefilling = len([1 for each in group.running if not each.num_placeholders and
-                              len(each.token_ids) - each.num_computed_tokens > 1])  # fmt: skip
-        num_sequences = len(group.running) - num_prefilling + num_admissible
-        return num_prefilling + row_limit(num_sequences, self.sizes_in_flight(index), self.config.max_steps_in_flight)
+        prefilling = count_prefilling(group.running)
+        num_sequences = len(group.running) - prefilling + num_admissible
+        return prefilling + row_limit(num_sequences, self.sizes_in_flight(index), self.config.max_steps_in_flight)
 
     def _raise_row_limits(self, plans: list[_Plan]) -> None:
         if self.config.micro_batches:
@@ -386,7 +393,7 @@ class Scheduler:
             request.token_ids.append(token_id)
             self.counters.generation_tokens += 1
             result.new_tokens.append(NewToken(request, offset, token_id, chances))
-            reason = finish_reason_after(request, token_id)
+            reason = finish_reason(request, token_id)
             if reason is not None:
                 self._end(request, reason)
                 result.ended.append(request)
@@ -399,9 +406,9 @@ class Scheduler:
         else:
             self.groups[request.group].running.remove(request)
             self._builder.forget(request)
-            if request.num_placeholders:
-                for step in self._in_flight:
-                    step.leave(request)
+            for step in self._in_flight if request.num_placeholders else ():  # it is ended from outside
+                rows = step.rows[request.group]
+                step.sizes[request.group] -= len([row for row in rows if row[0] is request and row[1]])
         request.status = RequestStatus.ENDED
         request.finish_reason = reason
         self.admission.on_ended(request)

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ridgewalk.config import ConfigError
 from ridgewalk.planning.planner import Candidate
 from ridgewalk.planning.verdict import SYNCHRONIZATION, shares
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 FORMATS = (".png", ".svg", ".pdf")
 
@@ -49,15 +53,32 @@ def draw(ranked: Sequence[Candidate], title: str, path: Path) -> None:
             c="tab:gray", marker="x", zorder=2, label="not simulated: at best there",
         )  # fmt: skip
         axes.legend(loc="upper right")
-    for name, outcome in points + bounds:
-        at = (outcome.tpot_p50_s * 1e3, outcome.throughput_tokens_per_s)
-        axes.annotate(name, at, xytext=(7, 4), textcoords="offset points", fontsize=9)
     axes.set_title(f"{title}\nred rings: requests were preempted, the capacity cliff", fontsize=11)
     axes.set_xlabel("time per output token, median, ms")
     axes.set_ylabel("throughput, tokens/s")
+    axes.margins(x=0.12, y=0.12)
     axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3, zorder=0)
+    figure.draw_without_rendering()  # labels find their places by where the points come to lie
+    _label(axes, [(name, (each.tpot_p50_s * 1e3, each.throughput_tokens_per_s)) for name, each in points + bounds])
     try:
         figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
     except OSError as error:
         raise ConfigError(f"--plot: {path} cannot be written: {error.strerror}") from None
+
+
+def _label(axes: Axes, named: Sequence[tuple[str, tuple[float, float]]]) -> None:
+    """Each name beside its point, at the first of some places where it covers no other name."""
+    taken: list[tuple[float, float, float]] = []  # left, right, height: in pixels
+    for name, point in named:
+        x, y = axes.transData.transform(point)
+        width = 7.5 * len(name)
+        places = [(side, shift) for shift in (4, -13, 17, -26, 30, -39) for side in (7.0, -7.0 - width)]
+        free = [
+            (side, shift)
+            for side, shift in places
+            if all(x + side > right or x + side + width < left or abs(y + shift - at) > 12 for left, right, at in taken)
+        ]
+        side, shift = (free or places)[0]
+        taken.append((x + side, x + side + width, y + shift))
+        axes.annotate(name, point, xytext=(side, shift), textcoords="offset pixels", fontsize=8)
