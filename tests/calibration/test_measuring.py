@@ -12,13 +12,13 @@ import torch
 from ridgewalk.calibration.collective_probes import measure_collectives
 from ridgewalk.calibration.engine_probe import StepPoint, measure_steps, write_small_model
 from ridgewalk.calibration.figures import CollectiveRates
-from ridgewalk.calibration.kernel_probes import QUERY_HEADS, ROWS, measure_kernels
+from ridgewalk.calibration.kernel_probes import QUERY_HEADS, ROWS
 from ridgewalk.calibration.overheads import fit_overheads, predicted_s
+from ridgewalk.calibration.rank_probes import measure_rank
 from ridgewalk.calibration.rank_team import CalibrationError, TeamTask, measure_team, receive
 from ridgewalk.calibration.run import rank_counts
 from ridgewalk.calibration.stopwatch import Effort, Stopwatch, lower_quartile
 from ridgewalk.kernels.build import load_library
-from ridgewalk.kernels.select import select_kernels
 from ridgewalk.parallel.communicator import Communicator
 from ridgewalk.placement.mesh import Mesh
 from tests.calibration.test_hardware_file import machine
@@ -27,14 +27,15 @@ from tests.parallel.ranks import run_threads
 BRIEF = Effort(samples=2, sample_s=0.0)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_every_rate_of_the_kernels_is_measured(dtype: torch.dtype) -> None:
-    kernels = select_kernels(torch.device("cpu"), load_library(), 1, None, dtype, 16)
-    with torch.inference_mode():
-        rates = measure_kernels(kernels, dtype, Stopwatch(Communicator(0, 1, None), BRIEF), cold_bytes=0)
+@pytest.mark.parametrize("name", ["bfloat16", "float32"])
+def test_every_rate_of_the_kernels_is_measured(name: str) -> None:
+    task = TeamTask(1, 1, (name,), passes=2, samples=1, sample_s=0.0, cold_bytes=0)
+    found = measure_rank(task, Communicator(0, 1, None), load_library())
+    rates, itemsize = found.kernels[name], getattr(torch, name).itemsize
+    assert found.collectives is None
     assert tuple(rates.product_flops) == ROWS
     assert tuple(rates.attention_bandwidth) == QUERY_HEADS
-    assert rates.weight_bandwidth == pytest.approx(rates.product_flops[1] * dtype.itemsize / 2)
+    assert rates.weight_bandwidth == pytest.approx(rates.product_flops[1] * itemsize / 2)
     measured = (
         *rates.product_flops.values(),
         *rates.attention_bandwidth.values(),
@@ -58,7 +59,7 @@ def test_collectives_are_measured_among_ranks_and_not_by_one_alone(tmp_path: Pat
 
 
 def test_a_team_of_processes_measures_together() -> None:
-    found = measure_team(TeamTask(2, 1, ("float32",), samples=1, sample_s=0.0, cold_bytes=0))
+    found = measure_team(TeamTask(2, 1, ("float32",), passes=1, samples=1, sample_s=0.0, cold_bytes=0))
     assert [set(rank.kernels) for rank in found] == [{"float32"}] * 2
     assert all(rank.collectives is not None for rank in found)
 
@@ -72,7 +73,7 @@ def test_a_rank_that_fails_is_an_error_in_words() -> None:
 
 def test_steps_of_a_small_model_are_measured_through_the_engine(tmp_path: Path) -> None:
     model = write_small_model(tmp_path / "small", 2, 1)
-    points = measure_steps(model, 2, 1, (1, 4), num_steps=8)
+    points = measure_steps(model, 2, 1, (1, 4), num_steps=8, passes=1)
     assert [(point.num_layers, point.num_sequences) for point in points] == [(2, 1), (2, 4)]
     assert all(point.seconds >= 0 for point in points)  # of a model so small, steps that were ahead end together
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from ridgewalk.calibration.stopwatch import lower_quartile
@@ -61,9 +62,9 @@ def write_small_model(folder: Path, num_layers: int, num_ranks: int) -> Path:
 
 
 def measure_steps(
-    folder: Path, num_layers: int, num_ranks: int, batches: Sequence[int], num_steps: int
+    folder: Path, num_layers: int, num_ranks: int, batches: Sequence[int], num_steps: int, passes: int
 ) -> list[StepPoint]:
-    """Time of a decode step of each batch, through the scheduler and ranks in processes of their own.
+    """Time of a decode step of each batch, the median over passes, with ranks in processes of their own.
 
     Raises:
         ExecutorError: a rank failed.
@@ -84,9 +85,11 @@ def measure_steps(
         num_blocks=-(-longest // 16) * max(batches),
     )
     with OfflineEngine(config, spawn=True) as engine:
-        return [
-            StepPoint(num_layers, batch, PROMPT + num_steps / 2, _step_s(engine, batch, num_steps)) for batch in batches
-        ]
+        times = [[_step_s(engine, batch, num_steps) for batch in batches] for _ in range(passes)]
+    return [
+        StepPoint(num_layers, batch, PROMPT + num_steps / 2, median(seconds))
+        for batch, seconds in zip(batches, zip(*times, strict=True), strict=True)
+    ]
 
 
 def _step_s(engine: OfflineEngine, batch: int, num_steps: int) -> float:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from itertools import cycle
 
 import torch
 
 from ridgewalk.calibration.figures import KernelRates
-from ridgewalk.calibration.stopwatch import Stopwatch
 from ridgewalk.kernels.kernel_set import HeadLayout, KernelSet, Matrix
 
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
@@ -28,101 +28,107 @@ TOKENS = 32
 LATENT_HEADS, LATENT_DIM, LATENT_VALUE_DIM = 8, 160, 128
 
 
-def measure_kernels(
-    kernels: KernelSet, dtype: torch.dtype, stopwatch: Stopwatch, cold_bytes: int = COLD_BYTES
-) -> KernelRates:
-    """All rates of a dtype, on every rank of the stopwatch at once. Takes about six samples' time a rate."""
-    products = _products(kernels, dtype, stopwatch, cold_bytes)
+@dataclass(frozen=True)
+class Probe:
+    """One call of the engine's kernels, and how much it does: FLOPs, bytes, or values of hidden states."""
+
+    amount: float
+    call: Callable[[], object]
+
+
+def make_probes(kernels: KernelSet, dtype: torch.dtype, cold_bytes: int = COLD_BYTES) -> dict[str, Probe]:
+    """By name, as `kernel_rates` knows them."""
+    products = {f"product {rows}": probe for rows, probe in _products(kernels, dtype, cold_bytes).items()}
+    decodes = {f"decode {heads}": probe for heads, probe in _decodes(kernels, dtype, cold_bytes).items()}
+    others = {"prompt": _prompt(kernels, dtype), "latent": _latent(kernels, dtype), "values": _values(kernels, dtype)}
+    return products | decodes | others
+
+
+def kernel_rates(rates: Mapping[str, float], dtype: torch.dtype) -> KernelRates:
+    """From amounts a second by probe."""
     return KernelRates(
-        weight_bandwidth=SIDE * SIDE * dtype.itemsize / products[1],
-        product_flops={rows: 2 * rows * SIDE * SIDE / seconds for rows, seconds in products.items()},
-        attention_bandwidth={
-            heads: _decode_bandwidth(kernels, dtype, stopwatch, heads, cold_bytes) for heads in QUERY_HEADS
-        },
-        attention_flops=_prompt_flops(kernels, dtype, stopwatch),
-        latent_attention_flops=_latent_flops(kernels, dtype, stopwatch),
-        value_s=_value_s(kernels, dtype, stopwatch),
+        weight_bandwidth=rates["product 1"] / 2 * dtype.itemsize,  # two FLOPs a weight
+        product_flops={rows: rates[f"product {rows}"] for rows in ROWS},
+        attention_bandwidth={heads: rates[f"decode {heads}"] for heads in QUERY_HEADS},
+        attention_flops=rates["prompt"],
+        latent_attention_flops=rates["latent"],
+        value_s=1 / rates["values"],
     )
 
 
-def _products(kernels: KernelSet, dtype: torch.dtype, stopwatch: Stopwatch, cold_bytes: int) -> dict[int, float]:
-    """Seconds of a product of so many rows with weights that no cache holds."""
+def _products(kernels: KernelSet, dtype: torch.dtype, cold_bytes: int) -> dict[int, Probe]:
+    """Products of so many rows with weights that no cache holds."""
     weight = torch.randn(SIDE, SIDE).to(dtype)
     count = max(2, cold_bytes // (weight.numel() * weight.element_size()))
     matrices = cycle([kernels.pack(weight) for _ in range(count)])
-    return {rows: stopwatch.seconds_per_call(_product(kernels, matrices, rows, dtype)) for rows in ROWS}
+    return {rows: _product(kernels, matrices, rows, dtype) for rows in ROWS}
 
 
-def _product(kernels: KernelSet, matrices: cycle[Matrix], rows: int, dtype: torch.dtype) -> Callable[[], object]:
+def _product(kernels: KernelSet, matrices: cycle[Matrix], rows: int, dtype: torch.dtype) -> Probe:
     x = torch.randn(rows, SIDE).to(dtype)
-    return lambda: kernels.linear(x, next(matrices))
+    return Probe(2 * rows * SIDE * SIDE, lambda: kernels.linear(x, next(matrices)))
 
 
-def _decode_bandwidth(
-    kernels: KernelSet, dtype: torch.dtype, stopwatch: Stopwatch, heads: int, cold_bytes: int
-) -> float:
-    """Bytes of KV a second, read by one query a sequence from blocks all over a cache."""
+def _decodes(kernels: KernelSet, dtype: torch.dtype, cold_bytes: int) -> dict[int, Probe]:
+    """Bytes of KV, read by one query a sequence from blocks all over a cache, by query heads per KV head."""
     batch_bytes = SEQUENCES * CONTEXT * 2 * KV_HEADS * HEAD_DIM * dtype.itemsize
-    batches = max(2, cold_bytes // batch_bytes)
-    blocks = SEQUENCES * CONTEXT // BLOCK_SIZE
+    batches, blocks = max(2, cold_bytes // batch_bytes), SEQUENCES * CONTEXT // BLOCK_SIZE
     caches = [torch.randn(batches * blocks, BLOCK_SIZE, KV_HEADS, HEAD_DIM).to(dtype) for _ in range(2)]
-    order = torch.randperm(batches * blocks).to(torch.int32)
-    tables = cycle(order.view(batches, SEQUENCES, -1).unbind())
-    query = torch.randn(SEQUENCES, KV_HEADS * heads, HEAD_DIM).to(dtype)
+    tables = cycle(torch.randperm(batches * blocks).to(torch.int32).view(batches, SEQUENCES, -1).unbind())
     starts, used = _lengths(SEQUENCES, 1, CONTEXT)
 
-    def call() -> object:
-        return kernels.attention(
-            query, *caches, starts, 1, CONTEXT, scale=0.1, seqused_k=used, block_table=next(tables)
-        )  # fmt: skip
+    def decode(heads: int) -> Probe:
+        query = torch.randn(SEQUENCES, KV_HEADS * heads, HEAD_DIM).to(dtype)
+        return Probe(
+            batch_bytes,
+            lambda: kernels.attention(
+                query, *caches, starts, 1, CONTEXT, scale=0.1, seqused_k=used, block_table=next(tables)
+            ),
+        )
 
-    return batch_bytes / stopwatch.seconds_per_call(call)
+    return {heads: decode(heads) for heads in QUERY_HEADS}
 
 
-def _prompt_flops(kernels: KernelSet, dtype: torch.dtype, stopwatch: Stopwatch) -> float:
-    """FLOP/s of scores and values of whole prompts."""
+def _prompt(kernels: KernelSet, dtype: torch.dtype) -> Probe:
+    """FLOPs of scores and values of whole prompts."""
     heads, blocks = 2 * KV_HEADS, PROMPTS * PROMPT // BLOCK_SIZE
     caches = [torch.randn(blocks, BLOCK_SIZE, KV_HEADS, HEAD_DIM).to(dtype) for _ in range(2)]
     table = torch.randperm(blocks).to(torch.int32).view(PROMPTS, -1)
     query = torch.randn(PROMPTS * PROMPT, heads, HEAD_DIM).to(dtype)
     starts, used = _lengths(PROMPTS, PROMPT, PROMPT)
-
-    def call() -> object:
-        return kernels.attention(
-            query, *caches, starts, PROMPT, PROMPT, scale=0.1, seqused_k=used, block_table=table
-        )  # fmt: skip
-
     pairs = PROMPTS * PROMPT * (PROMPT + 1) / 2
-    return pairs * 4 * heads * HEAD_DIM / stopwatch.seconds_per_call(call)
+    return Probe(
+        pairs * 4 * heads * HEAD_DIM,
+        lambda: kernels.attention(query, *caches, starts, PROMPT, PROMPT, scale=0.1, seqused_k=used, block_table=table),
+    )
 
 
-def _latent_flops(kernels: KernelSet, dtype: torch.dtype, stopwatch: Stopwatch) -> float:
-    """FLOP/s of decode over latents (MLA), which all heads read."""
+def _latent(kernels: KernelSet, dtype: torch.dtype) -> Probe:
+    """FLOPs of decode over latents (MLA), which all heads read."""
     blocks = SEQUENCES * CONTEXT // BLOCK_SIZE
     cache = torch.randn(blocks, BLOCK_SIZE, LATENT_DIM).to(dtype)
     table = torch.randperm(blocks).to(torch.int32).view(SEQUENCES, -1)
     query = torch.randn(SEQUENCES, LATENT_HEADS, LATENT_DIM).to(dtype)
     starts, used = _lengths(SEQUENCES, 1, CONTEXT)
+    lengths = {"seqused_k": used, "block_table": table}
+    return Probe(
+        SEQUENCES * CONTEXT * LATENT_HEADS * 2 * (LATENT_DIM + LATENT_VALUE_DIM),
+        lambda: kernels.latent_attention(
+            query, cache, starts, 1, CONTEXT, value_dim=LATENT_VALUE_DIM, scale=0.1, **lengths
+        ),
+    )
 
-    def call() -> object:
-        return kernels.latent_attention(
-            query, cache, starts, 1, CONTEXT, value_dim=LATENT_VALUE_DIM, scale=0.1, seqused_k=used, block_table=table
-        )  # fmt: skip
 
-    flops = SEQUENCES * CONTEXT * LATENT_HEADS * 2 * (LATENT_DIM + LATENT_VALUE_DIM)
-    return flops / stopwatch.seconds_per_call(call)
-
-
-def _value_s(kernels: KernelSet, dtype: torch.dtype, stopwatch: Stopwatch) -> float:
-    """Seconds of a layer beside its products and attention, for each value of the hidden states of its tokens.
+def _values(kernels: KernelSet, dtype: torch.dtype) -> Probe:
+    """What a layer does beside products and attention, in values of the hidden states of its tokens.
 
     Two norms, rotation of half as many keys as queries, and the activation of an MLP three times as wide.
     """
     heads = HeadLayout(SIDE // HEAD_DIM, SIDE // HEAD_DIM // 2, HEAD_DIM)
     hidden, qkv = (torch.randn(TOKENS, width).to(dtype) for width in (SIDE, heads.qkv_size))
-    residual, gate_up, norm = torch.zeros_like(hidden), torch.randn(TOKENS, 6 * SIDE).to(dtype), torch.ones(SIDE)
+    residual, gate_up = torch.zeros_like(hidden), torch.randn(TOKENS, 6 * SIDE).to(dtype)
     caches = [torch.zeros(TOKENS, BLOCK_SIZE, heads.num_kv_heads, HEAD_DIM, dtype=dtype) for _ in range(2)]
-    norm, head_norms = norm.to(dtype), (torch.ones(HEAD_DIM, dtype=dtype),) * 2
+    norm, head_norms = torch.ones(SIDE, dtype=dtype), (torch.ones(HEAD_DIM, dtype=dtype),) * 2
     positions, cos_sin = torch.arange(TOKENS), torch.zeros(TOKENS, HEAD_DIM)
     slots = positions * BLOCK_SIZE
 
@@ -132,7 +138,7 @@ def _value_s(kernels: KernelSet, dtype: torch.dtype, stopwatch: Stopwatch) -> fl
         kernels.rotate_and_cache(qkv, heads, head_norms, 1e-6, positions, cos_sin, *caches, slots)
         kernels.silu_and_mul(gate_up)
 
-    return stopwatch.seconds_per_call(call) / TOKENS / SIDE
+    return Probe(TOKENS * SIDE, call)
 
 
 def _lengths(sequences: int, queries: int, context: int) -> tuple[torch.Tensor, torch.Tensor]:

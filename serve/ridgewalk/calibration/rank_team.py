@@ -26,9 +26,10 @@ class TeamTask:
     num_ranks: int
     num_threads: int  # of each rank
     dtypes: tuple[str, ...]
-    samples: int
+    passes: int  # over everything: a machine is slower at some times than at others
+    samples: int  # of each figure in each pass
     sample_s: float
-    cold_bytes: int
+    cold_bytes: int  # weights, or KV, that calls cycle through
 
 
 def measure_team(task: TeamTask) -> list[RankFigures]:
@@ -73,24 +74,12 @@ def receive(rank: int, end: Connection) -> RankFigures:
 def _run_rank(task: TeamTask, rank: int, meeting: str, end: Connection) -> None:
     import torch
 
-    from ridgewalk.calibration.collective_probes import measure_collectives
-    from ridgewalk.calibration.kernel_probes import measure_kernels
-    from ridgewalk.calibration.stopwatch import Effort, Stopwatch
+    from ridgewalk.calibration.rank_probes import measure_rank
     from ridgewalk.kernels.build import load_library
-    from ridgewalk.kernels.select import select_kernels
     from ridgewalk.parallel.process_groups import make_process_groups
     from ridgewalk.placement.mesh import Mesh
 
-    library, device = load_library(), torch.device("cpu")
-    groups = make_process_groups(Mesh(task.num_ranks), rank, meeting, device, library, TIMEOUT_S)
-    stopwatch = Stopwatch(groups.tp, Effort(task.samples, task.sample_s))
-    rates = {}
-    with torch.inference_mode():
-        for name in task.dtypes:
-            dtype = getattr(torch, name)
-            kernels = select_kernels(device, library, task.num_threads, None, dtype, 16)
-            torch.set_num_threads(task.num_threads if kernels.needs_torch_threads(dtype) else 1)
-            rates[name] = measure_kernels(kernels, dtype, stopwatch, task.cold_bytes)
-        collectives = measure_collectives(groups.tp, stopwatch)
-    end.send_bytes(msgspec.msgpack.encode(RankFigures(rates, collectives)))
+    library = load_library()
+    groups = make_process_groups(Mesh(task.num_ranks), rank, meeting, torch.device("cpu"), library, TIMEOUT_S)
+    end.send_bytes(msgspec.msgpack.encode(measure_rank(task, groups.tp, library)))
     groups.close()

@@ -36,12 +36,13 @@ class Extent:
     """How much is measured. The defaults take about a minute on two cores."""
 
     dtypes: tuple[str, ...] = ("bfloat16", "float16", "float32")
-    samples: int = 9
+    passes: int = 5
+    samples: int = 3
     sample_s: float = 0.02
     cold_bytes: int = COLD_BYTES
     layers: tuple[int, ...] = (2, 12)
     batches: tuple[int, ...] = (1, 32)
-    num_steps: int = 120
+    num_steps: int = 40
 
 
 def run_calibration(out: Path | None) -> None:
@@ -99,7 +100,7 @@ def measure_machine(cores: int, extent: Extent, tell: Callable[[str], None]) -> 
         who = f"{ranks} rank{'s' * (ranks > 1)} of {threads} thread{'s' * (threads > 1)}"
         tell(f"products, attention and collectives, {who}")
         teams[ranks] = measure_team(
-            TeamTask(ranks, threads, extent.dtypes, extent.samples, extent.sample_s, extent.cold_bytes)
+            TeamTask(ranks, threads, extent.dtypes, extent.passes, extent.samples, extent.sample_s, extent.cold_bytes)
         )
         tell(f"steps of small models, {who}")
         steps[ranks] = _steps(ranks, extent)
@@ -116,7 +117,7 @@ def _steps(ranks: int, extent: Extent) -> list[StepPoint]:
     with tempfile.TemporaryDirectory() as folder:
         for layers in extent.layers:
             model = write_small_model(Path(folder) / str(layers), layers, ranks)
-            points += measure_steps(model, layers, ranks, extent.batches, extent.num_steps)
+            points += measure_steps(model, layers, ranks, extent.batches, extent.num_steps, extent.passes)
     return points
 
 

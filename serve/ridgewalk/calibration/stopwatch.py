@@ -13,8 +13,8 @@ from ridgewalk.parallel.communicator import Communicator
 class Effort:
     """How long each figure is measured."""
 
-    samples: int = 9
-    sample_s: float = 0.02
+    samples: int
+    sample_s: float
 
 
 @dataclass(frozen=True)

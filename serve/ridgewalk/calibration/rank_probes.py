@@ -1,0 +1,53 @@
+"""One rank measures, with its peers at the same time, everything that it can reach."""
+
+from __future__ import annotations
+
+import ctypes
+from statistics import median
+from typing import TYPE_CHECKING
+
+import msgspec
+import torch
+
+from ridgewalk.calibration.collective_probes import measure_collectives
+from ridgewalk.calibration.figures import CollectiveRates, RankFigures
+from ridgewalk.calibration.kernel_probes import kernel_rates, make_probes
+from ridgewalk.calibration.stopwatch import Effort, Stopwatch
+from ridgewalk.kernels.select import select_kernels
+from ridgewalk.parallel.communicator import Communicator
+
+if TYPE_CHECKING:
+    from ridgewalk.calibration.rank_team import TeamTask
+
+
+@torch.inference_mode()
+def measure_rank(task: TeamTask, ranks: Communicator, library: ctypes.CDLL | None) -> RankFigures:
+    """Every figure is the median over passes: what disturbs a machine for seconds disturbs one pass."""
+    stopwatch = Stopwatch(ranks, Effort(task.samples, task.sample_s))
+    probes = {}
+    for name in task.dtypes:
+        dtype = getattr(torch, name)
+        kernels = select_kernels(torch.device("cpu"), library, task.num_threads, None, dtype, 16)
+        torch.set_num_threads(task.num_threads if kernels.needs_torch_threads(dtype) else 1)
+        probes[name] = make_probes(kernels, dtype, task.cold_bytes)
+    seconds: dict[tuple[str, str], list[float]] = {}
+    collectives: list[CollectiveRates] = []
+    for _ in range(task.passes):
+        for name, some in probes.items():
+            for key, probe in some.items():
+                seconds.setdefault((name, key), []).append(stopwatch.seconds_per_call(probe.call))
+        if (rates := measure_collectives(ranks, stopwatch)) is not None:
+            collectives.append(rates)
+    kernels_by_dtype = {
+        name: kernel_rates(
+            {key: probe.amount / median(seconds[name, key]) for key, probe in some.items()}, getattr(torch, name)
+        )
+        for name, some in probes.items()
+    }
+    return RankFigures(kernels_by_dtype, _median(collectives))
+
+
+def _median(passes: list[CollectiveRates]) -> CollectiveRates | None:
+    if not passes:
+        return None
+    return CollectiveRates(*map(median, zip(*map(msgspec.structs.astuple, passes), strict=True)))
