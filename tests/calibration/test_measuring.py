@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
@@ -10,12 +11,14 @@ import pytest
 import torch
 
 from ridgewalk.calibration.collective_probes import measure_collectives
-from ridgewalk.calibration.engine_probe import StepPoint, measure_steps, write_small_model
+from ridgewalk.calibration.engine_probe import StepPoint, StepsTask, measure_steps
 from ridgewalk.calibration.figures import CollectiveRates
+from ridgewalk.calibration.hardware_file import with_wait
 from ridgewalk.calibration.kernel_probes import QUERY_HEADS, ROWS
-from ridgewalk.calibration.overheads import fit_overheads, predicted_s
+from ridgewalk.calibration.overheads import fit_overheads, fit_wait_s, predicted_s
+from ridgewalk.calibration.processes import CalibrationError, receive
 from ridgewalk.calibration.rank_probes import measure_rank
-from ridgewalk.calibration.rank_team import CalibrationError, TeamTask, measure_team, receive
+from ridgewalk.calibration.rank_team import TeamTask, measure_team
 from ridgewalk.calibration.run import rank_counts
 from ridgewalk.calibration.stopwatch import Effort, Stopwatch, lower_quartile
 from ridgewalk.kernels.build import load_library
@@ -72,22 +75,34 @@ def test_a_rank_that_fails_is_an_error_in_words() -> None:
 
 
 def test_steps_of_a_small_model_are_measured_through_the_engine(tmp_path: Path) -> None:
-    model = write_small_model(tmp_path / "small", 2, 1)
-    points = measure_steps(model, 2, 1, (1, 4), num_steps=8, passes=1)
+    points = measure_steps(StepsTask(2, 1, 1, (1, 4), num_steps=8, passes=1), tmp_path)
     assert [(point.num_layers, point.num_sequences) for point in points] == [(2, 1), (2, 4)]
     assert all(point.seconds >= 0 for point in points)  # of a model so small, steps that were ahead end together
 
 
+def points(seconds: Callable[[StepPoint], float]) -> list[StepPoint]:
+    shapes = [StepPoint(layers, sequences, 50.0, 0.0) for layers in (2, 12) for sequences in (1, 32)]
+    return [msgspec.structs.replace(shape, seconds=seconds(shape)) for shape in shapes]
+
+
 def test_overheads_are_what_steps_take_beyond_the_cost_model() -> None:
     bare = msgspec.structs.replace(machine(), layer_overhead_s=0.0, step_overhead_s=0.0, sequence_overhead_s=0.0)
-    points = []
-    for layers in (2, 12):
-        for sequences in (1, 32):
-            point = StepPoint(layers, sequences, 50.0, 0.0)
-            over = 1e-3 + sequences * 5e-6 + layers * 4e-5
-            points.append(StepPoint(layers, sequences, 50.0, predicted_s(point, bare, 2) + over))
-    found = fit_overheads(points, bare, 2)
-    assert msgspec.structs.astuple(found) == pytest.approx((1e-3, 5e-6, 4e-5))
+    steps = points(
+        lambda at: predicted_s(at, bare, 2, 1) + 1e-3 + at.num_sequences * 5e-6 + at.num_layers * 4e-5
+    )  # fmt: skip
+    assert msgspec.structs.astuple(fit_overheads(steps, bare, 2)) == pytest.approx((1e-3, 5e-6, 4e-5))
+
+
+def test_waiting_is_what_steps_of_ranks_in_lockstep_take_beyond_their_overheads() -> None:
+    known = machine()
+    steps = points(lambda at: predicted_s(at, known, 2, 2) + 2 * at.num_layers * 7e-5)
+    wait_s = fit_wait_s(steps, known, 2)
+    assert wait_s == pytest.approx(7e-5)
+    waiting = with_wait(known, wait_s)
+    assert waiting.within_node is not None
+    assert waiting.all_to_all is not None
+    assert (waiting.within_node.latency_s, waiting.all_to_all.latency_s) == pytest.approx((7.4e-5, 8e-5))
+    assert predicted_s(steps[0], waiting, 2, 2) == pytest.approx(steps[0].seconds)
 
 
 def test_ranks_are_counted_in_powers_of_two_up_to_the_cores() -> None:

@@ -3,30 +3,50 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from multiprocessing.connection import Connection
+from multiprocessing.synchronize import Barrier
 from pathlib import Path
-from statistics import median
+from statistics import fmean, median
 from typing import Any
 
+import msgspec
+
+from ridgewalk.calibration.processes import run_together
 from ridgewalk.calibration.stopwatch import lower_quartile
 from ridgewalk.engine.sampling import SamplingParams
 from ridgewalk.placement.mesh import Mesh
 from ridgewalk.replica.engine_config import EngineConfig
 from ridgewalk.replica.offline import OfflineEngine
 
-PROMPT, VOCABULARY, HIDDEN = 16, 16_000, 64
+PROMPT, VOCABULARY, HIDDEN = 16, 16_000, 128
 
 
-@dataclass(frozen=True)
-class StepPoint:
+class StepPoint(msgspec.Struct, frozen=True):
     """Decode steps of so many sequences, on a model of so many layers."""
 
     num_layers: int
     num_sequences: int
     context: float  # mean tokens of a sequence
     seconds: float  # of a step
+
+
+@dataclass(frozen=True)
+class StepsTask:
+    """Engines that generate at the same time, with a small model."""
+
+    num_layers: int
+    replicas: int
+    tensor_parallel_size: int
+    batches: tuple[int, ...]
+    num_steps: int
+    passes: int
+
+    @property
+    def num_ranks(self) -> int:
+        """On the machine."""
+        return self.replicas * self.tensor_parallel_size
 
 
 def small_shape(num_layers: int, num_ranks: int) -> dict[str, Any]:
@@ -49,7 +69,7 @@ def small_shape(num_layers: int, num_ranks: int) -> dict[str, Any]:
         "num_hidden_layers": num_layers,
         "num_attention_heads": 2 * kv_heads,
         "num_key_value_heads": kv_heads,
-        "head_dim": 16,
+        "head_dim": 64,
         "vocab_size": VOCABULARY,
     }
 
@@ -61,35 +81,58 @@ def write_small_model(folder: Path, num_layers: int, num_ranks: int) -> Path:
     return write_checkpoint(small_shape(num_layers, num_ranks), folder, seed=0, dtype="bfloat16")
 
 
-def measure_steps(
-    folder: Path, num_layers: int, num_ranks: int, batches: Sequence[int], num_steps: int, passes: int
-) -> list[StepPoint]:
-    """Time of a decode step of each batch, the median over passes, with ranks in processes of their own.
+def measure_steps(task: StepsTask, folder: Path) -> list[StepPoint]:
+    """Time of a decode step of each batch: the median over passes, the mean over replicas.
+
+    Schedulers and ranks run as they serve, in processes of their own; ``folder`` is free for checkpoints.
 
     Raises:
-        ExecutorError: a rank failed.
+        CalibrationError: an engine failed.
     """
-    longest = PROMPT + num_steps + 8
-    mesh = Mesh(tp=num_ranks)
-    config = EngineConfig(
+    model = write_small_model(folder / "model", task.num_layers, task.num_ranks)
+    told = run_together(_run_engine, [(task, str(model))] * task.replicas)
+    points = [msgspec.msgpack.decode(each, type=list[StepPoint]) for each in told]
+    return [
+        msgspec.structs.replace(same[0], seconds=fmean(point.seconds for point in same))
+        for same in zip(*points, strict=True)
+    ]
+
+
+def _run_engine(end: Connection, together: Barrier, task: StepsTask, model: str) -> None:
+    with OfflineEngine(_config(task, model), spawn=True) as engine:
+        times = []
+        for _ in range(task.passes):
+            for batch in task.batches:
+                together.wait()
+                times.append((batch, _step_s(engine, batch, task.num_steps)))
+    points = [
+        StepPoint(
+            task.num_layers,
+            batch,
+            PROMPT + task.num_steps / 2,
+            median(seconds for measured, seconds in times if measured == batch),
+        )
+        for batch in task.batches
+    ]
+    end.send_bytes(msgspec.msgpack.encode(points))
+
+
+def _config(task: StepsTask, model: str) -> EngineConfig:
+    longest = PROMPT + task.num_steps + 8
+    return EngineConfig(
         model_name="calibration",
-        placement=mesh.name,
-        model_path=str(folder),
+        placement=Mesh(tp=task.tensor_parallel_size).name,
+        model_path=model,
         dtype="bfloat16",
-        tp=num_ranks,
+        tp=task.tensor_parallel_size,
         max_model_len=longest,
-        max_num_seqs=max(batches),
+        max_num_seqs=max(task.batches),
         max_num_batched_tokens=2048,
         block_size=16,
-        max_waiting=max(batches),
-        num_blocks=-(-longest // 16) * max(batches),
+        max_waiting=max(task.batches),
+        num_blocks=-(-longest // 16) * max(task.batches),
+        ranks_per_host=task.num_ranks,
     )
-    with OfflineEngine(config, spawn=True) as engine:
-        times = [[_step_s(engine, batch, num_steps) for batch in batches] for _ in range(passes)]
-    return [
-        StepPoint(num_layers, batch, PROMPT + num_steps / 2, median(seconds))
-        for batch, seconds in zip(batches, zip(*times, strict=True), strict=True)
-    ]
 
 
 def _step_s(engine: OfflineEngine, batch: int, num_steps: int) -> float:

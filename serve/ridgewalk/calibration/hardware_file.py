@@ -29,8 +29,9 @@ HOW: Mapping[str, str] = {
     "latent_attention_flops": f"FLOP/s of decode over latents: {kernel_probes.LATENT_HEADS} heads, "
     f"{kernel_probes.SEQUENCES} sequences of {kernel_probes.CONTEXT} tokens, {kernel_probes.LATENT_DIM} wide",
     "within_node": f"seconds, bytes/s of an all-reduce among all ranks: of {2 * collective_probes.FEW_ROWS} KiB, and "
-    f"what {collective_probes.MANY_ROWS} KiB take beyond it, counted as 2 (n - 1) / n of them",
-    "all_to_all": "the same of an all-to-all in equal parts, counted as (n - 1) / n",
+    f"what {collective_probes.MANY_ROWS} KiB take beyond it, counted as 2 (n - 1) / n of them; in latency_s also what "
+    "an all-reduce takes longer in decode steps of small models than alone, as ranks wait for each other",
+    "all_to_all": "the same of an all-to-all in equal parts, counted as (n - 1) / n; ranks wait as for an all-reduce",
     "bandwidth_efficiency": "rates above are those reached",
     "flops_efficiency": "likewise",
     "link_efficiency": "likewise",
@@ -38,8 +39,8 @@ HOW: Mapping[str, str] = {
     "value_overhead_s": "seconds of a layer for each value of a token's hidden state: two norms, rotation, activation, "
     f"of {kernel_probes.TOKENS} tokens of {kernel_probes.SIDE}",
     "layer_overhead_s": "seconds of a layer in a step; this and the next two are what decode steps of small models "
-    f"({engine_probe.PROMPT} prompt tokens, hidden {engine_probe.HIDDEN}) take beyond all of the above, with scheduler "
-    "and ranks in processes of their own",
+    f"({engine_probe.PROMPT} prompt tokens, hidden {engine_probe.HIDDEN}) take beyond all of the above, each rank a "
+    "replica, with schedulers and ranks in processes of their own",
     "step_overhead_s": "seconds of a step",
     "sequence_overhead_s": f"seconds of each sequence of a step, sampling from {engine_probe.VOCABULARY:,} included",
     "host_shares_cores": "scheduler and ranks have the same cores",
@@ -121,6 +122,15 @@ def hardware_spec(
         by_ranks={count: each for count, each in rates.items() if count < most},
         **msgspec.structs.asdict(rates[most]),
     )
+
+
+def with_wait(hardware: HardwareSpec, wait_s: float) -> HardwareSpec:
+    """Collectives take so much longer within steps."""
+    links = {}
+    for name in ("within_node", "all_to_all"):
+        link = getattr(hardware, name)
+        links[name] = None if link is None else msgspec.structs.replace(link, latency_s=link.latency_s + wait_s)
+    return msgspec.structs.replace(hardware, **links)
 
 
 def as_yaml(hardware: HardwareSpec, note: str) -> str:

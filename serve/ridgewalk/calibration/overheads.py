@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from statistics import fmean
 
 import numpy as np
 
@@ -18,21 +19,35 @@ def fit_overheads(points: Sequence[StepPoint], hardware: HardwareSpec, num_ranks
     """What is left of the steps of small models is a sum over steps, sequences and layers.
 
     Args:
-        points: at least two numbers of layers and two of sequences.
+        points: at least two numbers of layers and two of sequences, of replicas of one rank.
         hardware: as one of ``num_ranks`` ranks has it, without overheads.
-        num_ranks: tensor-parallel, that the steps ran on.
+        num_ranks: on the machine, each a replica.
     """
     columns = [[1.0, point.num_sequences, point.num_layers] for point in points]
-    left = [point.seconds - predicted_s(point, hardware, num_ranks) for point in points]
+    left = [point.seconds - predicted_s(point, hardware, num_ranks, tp=1) for point in points]
     found, *_ = np.linalg.lstsq(np.array(columns), np.array(left), rcond=None)
     return Overheads(*(max(0.0, float(seconds)) for seconds in found))
 
 
-def predicted_s(point: StepPoint, hardware: HardwareSpec, num_ranks: int) -> float:
-    """What the cost model knows of such a step."""
+def fit_wait_s(points: Sequence[StepPoint], hardware: HardwareSpec, num_ranks: int) -> float:
+    """What a collective takes longer in a step than alone: its ranks do not come at the same time.
+
+    Args:
+        points: of one tensor-parallel replica; a layer of a step has two all-reduces.
+        hardware: as one of ``num_ranks`` ranks has it, with overheads.
+        num_ranks: of the replica, which has the machine to itself.
+    """
+    left = [
+        (point.seconds - predicted_s(point, hardware, num_ranks, tp=num_ranks)) / (2 * point.num_layers)
+        for point in points
+    ]
+    return max(0.0, fmean(left))
+
+
+def predicted_s(point: StepPoint, hardware: HardwareSpec, num_ranks: int, tp: int) -> float:
+    """What the cost model knows of such a step of a replica, of the small model for so many ranks."""
     spec = ModelSpec.from_config({**small_shape(point.num_layers, num_ranks), "dtype": "bfloat16"})
     read = point.num_sequences * point.context
-    (stage,) = CostModel(spec, Mesh(tp=num_ranks), hardware).stage_times(
-        [GroupLoad(point.num_sequences, point.num_sequences, read, read)]
-    )
-    return stage.total
+    cost = CostModel(spec, Mesh(tp=tp), hardware)
+    (stage,) = cost.stage_times([GroupLoad(point.num_sequences, point.num_sequences, read, read)])
+    return cost.host_s(point.num_sequences) + stage.total

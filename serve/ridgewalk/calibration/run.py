@@ -14,14 +14,14 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from ridgewalk import __version__
-from ridgewalk.calibration.engine_probe import StepPoint, measure_steps, write_small_model
+from ridgewalk.calibration.engine_probe import StepPoint, StepsTask, measure_steps
 from ridgewalk.calibration.figures import CollectiveRates, RankFigures
-from ridgewalk.calibration.hardware_file import NO_OVERHEADS, as_yaml, hardware_spec, rank_rates
+from ridgewalk.calibration.hardware_file import NO_OVERHEADS, as_yaml, hardware_spec, rank_rates, with_wait
 from ridgewalk.calibration.kernel_probes import COLD_BYTES
-from ridgewalk.calibration.overheads import fit_overheads
-from ridgewalk.calibration.rank_team import CalibrationError, TeamTask, measure_team
+from ridgewalk.calibration.overheads import fit_overheads, fit_wait_s
+from ridgewalk.calibration.processes import CalibrationError
+from ridgewalk.calibration.rank_team import TeamTask, measure_team
 from ridgewalk.config import ConfigError
-from ridgewalk.engine.executor import ExecutorError
 from ridgewalk.machine import calibration_path, cpu_name, num_cores
 from ridgewalk.placement.hardware import HardwareSpec, RankRates
 from ridgewalk.replica.host import memory_bytes
@@ -58,7 +58,7 @@ def run_calibration(out: Path | None) -> None:
 
         try:
             hardware = measure_machine(num_cores(), Extent(), tell)
-        except (CalibrationError, ExecutorError) as error:
+        except CalibrationError as error:
             raise ConfigError(f"this machine could not be measured: {error}") from None
         progress.update(task, completed=num_stages(num_cores()))
     seconds = time.monotonic() - began
@@ -79,7 +79,7 @@ def run_calibration(out: Path | None) -> None:
 
 def num_stages(cores: int) -> int:
     """Steps of progress."""
-    return 2 * len(rank_counts(cores))
+    return 2 * len(rank_counts(cores)) + (cores > 1)
 
 
 def rank_counts(cores: int) -> list[int]:
@@ -91,39 +91,44 @@ def measure_machine(cores: int, extent: Extent, tell: Callable[[str], None]) -> 
     """All of it. ``tell`` is called as each stage begins.
 
     Raises:
-        CalibrationError, ExecutorError: a rank failed.
+        CalibrationError: a rank failed.
     """
     teams: dict[int, list[RankFigures]] = {}
     steps: dict[int, list[StepPoint]] = {}
     for ranks in rank_counts(cores):
         threads = cores // ranks
         who = f"{ranks} rank{'s' * (ranks > 1)} of {threads} thread{'s' * (threads > 1)}"
-        tell(f"products, attention and collectives, {who}")
-        teams[ranks] = measure_team(
-            TeamTask(ranks, threads, extent.dtypes, extent.passes, extent.samples, extent.sample_s, extent.cold_bytes)
+        tell(f"products, attention, collectives: {who}")
+        task = TeamTask(
+            ranks, threads, extent.dtypes, extent.passes, extent.samples, extent.sample_s, extent.cold_bytes
         )
-        tell(f"steps of small models, {who}")
-        steps[ranks] = _steps(ranks, extent)
+        teams[ranks] = measure_team(task)
+        tell(f"steps of small models: {who}")
+        steps[ranks] = _steps(extent, ranks, 1)
     bare = _describe(teams, {ranks: rank_rates(figures, NO_OVERHEADS) for ranks, figures in teams.items()})
     rates = {
         ranks: rank_rates(figures, fit_overheads(steps[ranks], bare.shared_by(ranks), ranks))
         for ranks, figures in teams.items()
     }
-    return _describe(teams, rates)
+    hardware = _describe(teams, rates)
+    if cores > 1:
+        tell(f"steps of small models: {cores} ranks, tensor-parallel")
+        hardware = with_wait(hardware, fit_wait_s(_steps(extent, 1, cores), hardware, cores))
+    return hardware
 
 
-def _steps(ranks: int, extent: Extent) -> list[StepPoint]:
+def _steps(extent: Extent, replicas: int, tp: int) -> list[StepPoint]:
     points = []
-    with tempfile.TemporaryDirectory() as folder:
-        for layers in extent.layers:
-            model = write_small_model(Path(folder) / str(layers), layers, ranks)
-            points += measure_steps(model, layers, ranks, extent.batches, extent.num_steps, extent.passes)
+    for layers in extent.layers:
+        with tempfile.TemporaryDirectory() as folder:
+            task = StepsTask(layers, replicas, tp, extent.batches, extent.num_steps, extent.passes)
+            points += measure_steps(task, Path(folder))
     return points
 
 
 def _describe(teams: dict[int, list[RankFigures]], rates: dict[int, RankRates]) -> HardwareSpec:
     cores = max(teams)
-    about = f"{cpu_name()}, {cores} cores, {memory_bytes() / 2**30:.1f} GiB"
+    about = f"{cpu_name()}, {cores} core{'s' * (cores > 1)}, {memory_bytes() / 2**30:.1f} GiB"
     collectives: list[CollectiveRates] = [rank.collectives for rank in teams[cores] if rank.collectives is not None]
     return hardware_spec(about, memory_bytes(), CPU_SHARE, RANK_PROCESS_BYTES, rates, collectives)
 
