@@ -65,7 +65,7 @@ def ask(url: str) -> str:
 def test_two_services_live_on_one_machine_and_leave_nothing_behind(start: Start, tmp_path: Path) -> None:
     ports = [free_port("127.0.0.1") for _ in range(2)]
     hybrid = tmp_path / "hybrid.yaml"
-    placements = [{"replicas": 2, "num_blocks": 256}, {"tensor_parallel_size": 2, "num_blocks": 256}]
+    placements = [{"num_blocks": 256}, {"tensor_parallel_size": 2, "num_blocks": 256}]
     hybrid.write_text(yaml.safe_dump({"models": [{"model": MODEL, "placements": placements}]}))
     hosts = [own_address() or "127.0.0.1", "::" if can_listen("::") else "0.0.0.0"]
     urls = [f"http://{host}:{port}" for host, port in zip([hosts[0], "127.0.0.1"], ports, strict=True)]
@@ -87,7 +87,7 @@ def test_two_services_live_on_one_machine_and_leave_nothing_behind(start: Start,
     if hosts[1] == "::":
         assert ask(f"http://[::1]:{ports[1]}") == "85"
     assert used_placements(urls[0]) == {"TP1": 1}
-    assert used_placements(urls[1]) == {"DP2": 2, "TP2": 1}
+    assert used_placements(urls[1]) == {"TP1": 1, "TP2": 1}
     with ThreadPoolExecutor(2) as stoppers:
         assert list(stoppers.map(stop_in_mid_stream, services, urls)) == [0, 0]
 
