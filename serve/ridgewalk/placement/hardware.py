@@ -161,7 +161,7 @@ def find_hardware(text: str) -> HardwareSpec:
 
 def _read_calibration(path: Path) -> HardwareSpec:
     if not path.exists():
-        raise HardwareError(f"{THIS_MACHINE} has not been measured; run `ridgewalk calibrate` once (a minute)")
+        raise HardwareError(f"{THIS_MACHINE} has not been measured; run `ridgewalk calibrate` once")
     try:
         return _read(path)
     except HardwareError as error:
