@@ -87,7 +87,7 @@ def start(cluster: Cluster) -> Iterator[Start]:
     for process in running:
         if process.poll() is None:
             process.send_signal(signal.SIGINT)
-            process.communicate(timeout=30)
+            process.communicate(timeout=120)
 
 
 def printed_until(process: subprocess.Popen[str], mark: str) -> str:
@@ -139,7 +139,7 @@ def test_a_service_joins_keeps_to_itself_and_leaves(start: Start) -> None:
     assert answers(port)
 
     first.send_signal(signal.SIGINT)
-    output, _ = first.communicate(timeout=30)
+    output, _ = first.communicate(timeout=120)
     assert first.returncode == 0, output
     assert "Traceback" not in output
     assert not answers(port)

@@ -21,6 +21,9 @@ from ridgewalk.launch.deployment import ServiceError, error_sentence
 from ridgewalk.launch.local_ray import plain_log_prefix
 
 CONNECT_TIMEOUT_S = 5.0
+REMOVAL_TIMEOUT_S = 30.0
+"""How long a service waits for one that leaves."""
+
 DELETE_TIMEOUT_S = 5.0
 HOSTS = ("0.0.0.0", "127.0.0.1", "localhost")
 """Where Serve can be told to listen. With any other host its HAProxy does not reach the ingress on its own node: it
@@ -135,6 +138,17 @@ def running_serve() -> RunningServe | None:
             if getattr(proxy["status"], "value", proxy["status"]) == "HEALTHY"
         },
     )
+
+
+def await_removals() -> None:
+    """Until the applications that are being removed are gone, `REMOVAL_TIMEOUT_S` at most: they hold their routes."""
+    from ray import serve
+
+    deadline = time.monotonic() + REMOVAL_TIMEOUT_S
+    while time.monotonic() < deadline and any(
+        application.status == "DELETING" for application in serve.status().applications.values()
+    ):
+        time.sleep(0.2)
 
 
 def adopt(config: ServeConfig, found: RunningServe | None, console: Console) -> ServeConfig:

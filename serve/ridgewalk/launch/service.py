@@ -131,6 +131,7 @@ def _joined(config: ServeConfig, console: Console, signals: StopSignals) -> Iter
         config = _with_placements(config, console, on_this_machine=False)
         models = resolve(config, num_cluster_hosts())
         _print_plan(models, console)
+        joined_ray.await_removals()
         config = joined_ray.adopt(config, joined_ray.running_serve(), console)
         joined_ray.check_room(needed_cpus(config), needed_gpus(config))
         if os.environ.get("RAY_SERVE_ENABLE_HA_PROXY") != "1":
