@@ -6,6 +6,7 @@ import logging
 import math
 import os
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,6 @@ from ridgewalk.placement.expert_map import balanced_expert_map, imbalance, unifo
 from ridgewalk.placement.memory import MemoryPlan, MemoryPlanError
 from ridgewalk.placement.model_spec import ModelSpec, validate_mesh
 from ridgewalk.placement.moe_spec import MoESpec
-from ridgewalk.planning.startup import plan_missing
 from ridgewalk.replica.engine_config import EngineConfig
 from ridgewalk.replica.engine_replica import EngineReplica
 from ridgewalk.replica.host import memory_bytes
@@ -137,11 +137,24 @@ def build(args: dict[str, Any]) -> Application:
         config = load_config(Path(args["config"]))
     else:
         config = parse_config(_expand(args), "args")
-    planned = plan_missing(config, on_this_machine=False)
+    config = with_placements(config, False, logger.info)
+    return build_application(config, resolve(config, num_cluster_hosts() if ray.is_initialized() else 1))
+
+
+def with_placements(config: ServeConfig, on_this_machine: bool, tell: Callable[[str], None]) -> ServeConfig:
+    """``config`` with placements for the models that list none; ``tell`` gets a sentence for each.
+
+    Raises:
+        ConfigError: as `ridgewalk.planning.startup.plan_missing`.
+    """
+    if all(model.placements for model in config.models):
+        return config
+    from ridgewalk.planning.startup import plan_missing  # the simulator: not for those who state theirs
+
+    planned = plan_missing(config, on_this_machine)
     for sentence in planned.sentences:
-        logger.info("%s", sentence)
-    models = resolve(planned.config, num_cluster_hosts() if ray.is_initialized() else 1)
-    return build_application(planned.config, models)
+        tell(sentence)
+    return planned.config
 
 
 def num_cluster_hosts() -> int:

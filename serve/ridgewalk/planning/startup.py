@@ -10,10 +10,9 @@ from ridgewalk.config import ConfigError, ModelConfig, PlacementConfig, ServeCon
 from ridgewalk.model_source import find_model
 from ridgewalk.placement.hardware import THIS_MACHINE, HardwareError, HardwareSpec, find_hardware
 from ridgewalk.placement.model_spec import ModelSpec
-from ridgewalk.planning.planner import Candidate, Limits, evaluate, rank
+from ridgewalk.planning.planner import Candidate, Limits, all_placements, dtype_problem, evaluate, rank
 from ridgewalk.planning.policy import POLICIES
 from ridgewalk.planning.report import shape_fields
-from ridgewalk.planning.shape import Placement, enumerate_placements
 from ridgewalk.planning.simulator import Arrival, Scene
 from ridgewalk.planning.verdict import reason
 
@@ -91,7 +90,7 @@ def _plan(
             f"models: the listed placements take {config.num_ranks} of {hardware.num_devices} devices, which leaves "
             f"none for {model.served_name}; state its placements"
         )
-    ranked = rank(evaluate(scene, _candidates(num_devices, hardware, scene.spec), needed=()), "throughput", Limits())
+    ranked = rank(evaluate(scene, all_placements(hardware, num_devices, scene.spec), needed=()), "throughput", Limits())
     best = ranked[0]
     if best.outcome is None:
         raise ConfigError(f"models: no placement of {model.served_name} fits; {best.placement.name}: {best.problem}")
@@ -109,16 +108,6 @@ def _explain(ranked: list[Candidate], workload: str) -> str:
     return told if len(ranked) < 2 else f"{told}. {ranked[1].placement.name}: {reason(ranked[1], best)}"
 
 
-def _candidates(num_devices: int, hardware: HardwareSpec, spec: ModelSpec) -> list[Placement]:
-    # Of a machine whose cores a rank can share out as threads, fewer ranks use all of it too.
-    counts = sorted({count for count in (*hardware.by_ranks, num_devices) if count <= num_devices}, reverse=True)
-    return [
-        placement
-        for count in counts
-        for placement in enumerate_placements(count, hardware.devices_per_node, spec.moe is not None)
-    ]
-
-
 def _scene(model: ModelConfig, hardware: HardwareSpec) -> Scene:
     try:
         spec = ModelSpec.from_folder(find_model(model.model))
@@ -126,11 +115,9 @@ def _scene(model: ModelConfig, hardware: HardwareSpec) -> Scene:
         raise ConfigError(f"model {model.served_name}: {error}") from None
     if model.dtype != "auto":
         spec = replace(spec, dtype=model.dtype)
-    if spec.dtype not in hardware.flops:
-        raise ConfigError(
-            f"hardware: it has no rate of products in {spec.dtype}, the dtype of {model.served_name}; it has them in "
-            f"{', '.join(sorted(hardware.flops))}"
-        )
+    problem = dtype_problem(hardware, spec.dtype)
+    if problem:
+        raise ConfigError(f"hardware: for {model.served_name} it {problem}")
     ours = POLICIES["ridgewalk"]
     policy = replace(
         ours,

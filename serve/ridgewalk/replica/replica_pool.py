@@ -82,8 +82,10 @@ class ReplicaPool:
     async def ask_metrics(self, placement: str, replica_id: str, timeout_s: float) -> ReplicaMetrics | None:
         """What a replica measured, or None when it does not answer in time."""
         link = self._links.get(replica_id)
-        attached = link is not None and link.load is not None and not link.closed
-        asked = link.ask_metrics() if link is not None and attached else self._call_metrics(placement, replica_id)
+        if link is not None and link.load is not None and not link.closed:
+            asked = link.ask_metrics()
+        else:
+            asked = self._call_metrics(placement, replica_id)
         try:
             return await asyncio.wait_for(asked, timeout_s)
         except (asyncio.TimeoutError, ray.exceptions.RayError, RayServeException):
