@@ -117,7 +117,8 @@ def run_aiperf(
     with log.open("w") as output:
         process = subprocess.Popen(
             list(command), stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, text=True,
-            env=environment, start_new_session=True,
+            env=environment,
+            preexec_fn=os.setpgrp,  # a terminal's Ctrl-C is ours to pass on; no session of its own: see launch.prometheus
         )  # fmt: skip
         try:
             while True:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import shutil
 import signal
 import subprocess
@@ -106,7 +107,10 @@ def running_prometheus(program: str, target: str, console: Console, rules: Path 
 
 
 def _start(program: str, folder: Path, url: str) -> subprocess.Popen[bytes]:
-    def die_with_parent() -> None:
+    def detach() -> None:
+        # A terminal's Ctrl-C is ours to pass on. A process group of its own is enough for that; a session of its own would
+        # be scheduled against the whole service as one group (autogroup), and on a busy machine starve for seconds.
+        os.setpgrp()
         if sys.platform == "linux":
             _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
@@ -121,8 +125,7 @@ def _start(program: str, folder: Path, url: str) -> subprocess.Popen[bytes]:
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
-            start_new_session=True,  # a terminal's Ctrl-C is ours to pass on
-            preexec_fn=die_with_parent,
+            preexec_fn=detach,
         )
 
 
