@@ -118,7 +118,7 @@ def run_aiperf(
         process = subprocess.Popen(
             list(command), stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, text=True,
             env=environment,
-            preexec_fn=os.setpgrp,  # a terminal's Ctrl-C is ours to pass on; no session of its own: see launch.prometheus
+            preexec_fn=os.setpgrp,  # a terminal's Ctrl-C is ours to pass on; why no session: launch/prometheus.py
         )  # fmt: skip
         try:
             while True:

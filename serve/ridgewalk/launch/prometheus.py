@@ -108,8 +108,8 @@ def running_prometheus(program: str, target: str, console: Console, rules: Path 
 
 def _start(program: str, folder: Path, url: str) -> subprocess.Popen[bytes]:
     def detach() -> None:
-        # A terminal's Ctrl-C is ours to pass on. A process group of its own is enough for that; a session of its own would
-        # be scheduled against the whole service as one group (autogroup), and on a busy machine starve for seconds.
+        # A terminal's Ctrl-C is ours to pass on: a process group of its own is enough for that. A session of its own
+        # would be scheduled against the whole service as one group (autogroup), and starve for seconds when it is busy.
         os.setpgrp()
         if sys.platform == "linux":
             _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
