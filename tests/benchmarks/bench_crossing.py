@@ -40,8 +40,9 @@ def measure(config: Mapping[str, Any], folder: Path, arguments: argparse.Namespa
     with live_service(folder, config) as service:
         subprocess.run(
             [
-                *BENCH, "--url", service.url, "--scale", str(arguments.scale), "--concurrency", arguments.concurrency,
-                "--requests", str(arguments.requests), "--slo-ttft", "5s", "--slo-itl", "200ms", "--out", str(folder),
+                *BENCH, "--url", service.url, "--tokenizer", str(arguments.model), "--scale", str(arguments.scale),
+                "--concurrency", arguments.concurrency, "--requests", str(arguments.requests), "--slo-ttft", "5s",
+                "--slo-itl", "200ms", "--out", str(folder),
             ],
             check=True, stdout=subprocess.DEVNULL,
         )  # fmt: skip

@@ -2,7 +2,7 @@
 
 ``python -m tests.benchmarks.drive_over_cliff [--picture docs/kv.svg]`` serves demo-dense with little KV and a
 Prometheus beside it, sends ever more clients who want long answers, and prints when each alert became pending and
-firing.
+firing. It fails unless all of `ORDER` fired, the warning of the cliff first and its bottom last.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from tests.monitoring.live_service import LiveService, live_service, load
 MODEL = "demo-dense"
 STAGES = ((2, 40.0), (12, 90.0), (48, 150.0))  # clients, seconds
 MAX_TOKENS = 900
+ORDER = ("CapacityTrapApproaching", "RecomputeTax", "PreemptionStorm", "CapacityTrap")
 PICTURED = (
     "KV cache used", "Running and waiting", "Throttled for want of KV", "Preemptions", "Recompute tax", "Stranded KV",
 )  # fmt: skip
@@ -49,6 +50,16 @@ def watch(service: LiveService, started: float, seconds: float, seen: dict[tuple
             time.sleep(1.0)
 
 
+def check_order(seen: dict[tuple[str, str], float]) -> str | None:
+    """What is wrong with what fired, in a sentence, or None."""
+    fired = {name: seconds for (name, state), seconds in seen.items() if state == "firing" and name in ORDER}
+    if missing := [name for name in ORDER if name not in fired]:
+        return f"did not fire: {', '.join(missing)}"
+    if min(fired, key=fired.__getitem__) != ORDER[0] or max(fired, key=fired.__getitem__) != ORDER[-1]:
+        return f"fired in another order: {', '.join(sorted(fired, key=fired.__getitem__))}"
+    return None
+
+
 def main() -> None:
     """See the module."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -70,6 +81,8 @@ def main() -> None:
                 "Over the capacity cliff: 2, 12, then 48 clients", panels, service.prometheus, Window(wall, time.time())
             )
             figure.savefig(arguments.picture)
+    if problem := check_order(seen):
+        raise SystemExit(problem)
 
 
 if __name__ == "__main__":

@@ -104,9 +104,25 @@ def test_a_replica_that_would_run_out_of_kv_is_chosen_only_when_all_would(
 
 @given(requests, loads)
 def test_before_anything_is_known_it_is_the_least_loaded(request: list, candidates: list[ReplicaLoad]) -> None:  # type: ignore[type-arg]
-    assert KvGrowth(MAX_MODEL_LEN).choose(request, candidates, 0.0) == least_loaded(candidates)
-    fresh = [replace(candidates[0], placement="TP2"), *candidates[1:]]
+    ample = [with_group(load, total_blocks=10**6, available_blocks=10**6) for load in candidates]
+    assert KvGrowth(MAX_MODEL_LEN).choose(request, ample, 0.0) == least_loaded(ample)
+    fresh = [replace(ample[0], placement="TP2"), *ample[1:]]
     assert TAUGHT.choose(request, fresh, 0.0) == least_loaded(fresh)
+
+
+def test_a_batch_that_comes_all_at_once_is_shared_out_by_the_kv_there_is() -> None:
+    policy, sent = KvGrowth(MAX_MODEL_LEN), Counter[str]()
+    totals = {"a": 1_000, "b": 1_000, "pooled": 8_000}  # blocks; 100 + 4,096 / 4 tokens are expected of each
+    for _ in range(100):
+        candidates = [replica(name, own=sent[name], total=total) for name, total in totals.items()]
+        sent[decide_cold(policy, candidates)] += 1
+    assert sent == {"a": 10, "b": 10, "pooled": 80}
+
+
+def decide_cold(policy: KvGrowth, candidates: list[ReplicaLoad]) -> str:
+    decision = decide(policy, candidates)
+    assert decision.reason is RoutingReason.LEAST_LOADED
+    return decision.replica_id
 
 
 @pytest.mark.parametrize("effort", ["high", "low"])

@@ -81,8 +81,11 @@ class _Option:
 
 
 class KvGrowth:
-    """Implements `RoutingPolicy`. Until it has seen a sequence end, and while a placement's pace is not known, it
-    chooses as `least_loaded`. Memory is bounded by what is open, and by `PrefixIndex`."""
+    """Implements `RoutingPolicy`. Memory is bounded by what is open, and by `PrefixIndex`.
+
+    Until it has seen a sequence end, and while a placement's pace is not known, it chooses as `least_loaded`, by the
+    seats that KV has room for.
+    """
 
     def __init__(self, max_model_len: int) -> None:
         self._lengths = LengthForecast(max_model_len)
@@ -99,9 +102,9 @@ class KvGrowth:
         if len(loads) < 2:
             return least_loaded(loads)
         self._refresh(now)
-        if self._lengths.num_seen == 0 or any(load.placement not in self._paces for load in loads):
-            return least_loaded(loads)
         growth = self._growth(request)
+        if self._lengths.num_seen == 0 or any(load.placement not in self._paces for load in loads):
+            return least_loaded(loads, growth.final_tokens)
         seen = self._prefixes.cached_tokens(request[0].prefix)
         cached = {load.replica_id: seen.get(load.replica_id, 0) if load.caches_prefixes else 0 for load in loads}
         options = [

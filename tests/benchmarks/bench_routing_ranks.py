@@ -1,0 +1,146 @@
+"""Skewed load on mixed placements, for real: `bench_routing`'s load, scaled down, over HTTP on this machine's ranks.
+
+``python -m tests.benchmarks.bench_routing_ranks MODEL [--rate 2] [--short 25] [--memory 130MiB]`` serves MODEL as 2 x
+TP1 beside TP2, once for each routing policy, and sends each the very same requests at the same Poisson arrivals. All
+send the same ``max_tokens``: a request ends where ``min_tokens`` stops forbidding an end that ``logit_bias`` wants, and
+neither router nor scheduler reads those. *Shown*: the long send ``reasoning_effort`` high, the others low. *Hidden*:
+all send the same. The first `WARM_UP` requests count nowhere: what a policy learns, it learns from them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import random
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+
+from ridgewalk.load.percentile import percentile
+from ridgewalk.load.streaming_client import Answer, stream_completion
+from ridgewalk.replica.host import free_port
+from tests.benchmarks.bench_routing import LONG_RATIO, LONG_SHARE, ROUTINGS, SIGMA
+from tests.monitoring.live_service import LiveService, live_service
+
+WARM_UP = 60
+TTFT_S = 2.0
+LIMITS = {"max_model_len": 1024, "max_num_seqs": 64, "max_num_batched_tokens": 512}
+PLACEMENTS = ({"replicas": 2}, {"tensor_parallel_size": 2})
+
+
+@dataclass(frozen=True)
+class Planned:
+    """One request of the load."""
+
+    at_s: float
+    prompt_words: int
+    output_tokens: int
+    is_long: bool
+
+
+@dataclass(frozen=True)
+class Done:
+    """What its client saw."""
+
+    planned: Planned
+    answer: Answer
+
+    @property
+    def tpot_s(self) -> float:
+        """Mean time per further token."""
+        return (self.answer.total_time - self.answer.time_to_first_token) / max(self.answer.completion_tokens - 1, 1)
+
+
+def make_load(rate: float, short: int, requests: int, longest: int, seed: int) -> list[Planned]:
+    """The same whatever the routing, and whether the class shows or not."""
+    rng, now, planned = random.Random(seed), 0.0, []
+    for _ in range(requests):
+        now += rng.expovariate(rate)
+        is_long = rng.random() < LONG_SHARE
+        output = round(short * (LONG_RATIO if is_long else 1) * rng.lognormvariate(0, SIGMA))
+        prompt = round(20 * rng.lognormvariate(0, SIGMA))
+        planned.append(Planned(now, max(4, prompt), min(max(2, output), longest), is_long))
+    return planned
+
+
+async def drive(url: str, model: str, eos: int, load: Sequence[Planned], max_tokens: int, shown: bool) -> list[Done]:
+    """Send each at its time; all that came after the warm-up."""
+
+    async def one(session: aiohttp.ClientSession, planned: Planned) -> Done:
+        await asyncio.sleep(planned.at_s)
+        body = {
+            "model": model,
+            "messages": [{"role": "user", "content": " ".join(str(n) for n in range(planned.prompt_words))}],
+            "max_tokens": max_tokens,
+            "min_tokens": planned.output_tokens - 1,  # the token that ends it is one more
+            "logit_bias": {str(eos): 100},
+            "temperature": 0,
+            "reasoning_effort": "high" if planned.is_long and shown else "low",
+        }
+        answer = await stream_completion(session, f"{url}/v1/chat/completions", body)
+        assert answer.completion_tokens == planned.output_tokens, (answer.completion_tokens, planned)
+        return Done(planned, answer)
+
+    async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
+        done = await asyncio.gather(*(one(session, planned) for planned in load))
+    return done[WARM_UP:]
+
+
+def row(name: str, done: Sequence[Done], tpots_s: Sequence[float], service: LiveService) -> str:
+    """A line of the table. Goodput: the share that kept the limits, of the rate at which they came."""
+    latencies = [each.answer.total_time for each in done]
+    rate = len(done) / (done[-1].planned.at_s - done[0].planned.at_s)
+    good = [
+        rate * sum(each.answer.time_to_first_token <= TTFT_S and each.tpot_s <= tpot for each in done) / len(done)
+        for tpot in tpots_s
+    ]
+    short = [each.answer.total_time for each in done if not each.planned.is_long]
+    long = [each.answer.total_time for each in done if each.planned.is_long]
+    preemptions = service.query("sum(ridgewalk_num_preemptions_total)")[0]["value"][1]
+    seconds = percentile(latencies, 0.99), percentile(latencies, 0.5), percentile(short, 0.99), percentile(long, 0.99)
+    cells = [*(f"{each:.2f}" for each in seconds), *(f"{each:.2f}" for each in good), preemptions]
+    return f"| {name} | {' | '.join(cells)} |"
+
+
+def configuration(model: Path, routing: str, memory: str) -> dict[str, Any]:
+    """Both shapes at once. Every rank has one thread: four ranks share the cores."""
+    placements: list[Mapping[str, Any]] = [{**each, "memory": memory, "threads_per_rank": 1} for each in PLACEMENTS]
+    served = {"model": str(model), "name": model.name, "routing": routing, **LIMITS, "placements": placements}
+    return {"host": "127.0.0.1", "port": free_port("127.0.0.1"), "models": [served]}
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path)
+    parser.add_argument("--memory", default="130MiB", help="of each rank, for weights and KV cache")
+    parser.add_argument("--rate", type=float, default=2.0, help="requests a second")
+    parser.add_argument("--short", type=int, default=25, help="median output tokens of nine requests in ten")
+    parser.add_argument("--requests", type=int, default=300)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--tpot-ms", type=float, nargs="+", default=[25.0, 40.0])
+    parser.add_argument("--routings", nargs="+", choices=ROUTINGS, default=ROUTINGS)
+    arguments = parser.parse_args()
+    eos = json.loads((arguments.model / "config.json").read_text())["eos_token_id"]
+    tpots_s = [each / 1e3 for each in arguments.tpot_ms]
+    goodputs = " | ".join(f"goodput, TPOT {each:g} ms" for each in arguments.tpot_ms)
+    print(f"| routing | p99, s | p50, s | p99 of the short | p99 of the long | {goodputs} | preemptions |")
+    print(f"|{'---|' * (6 + len(tpots_s))}", flush=True)
+    for seed in arguments.seeds:
+        load = make_load(arguments.rate, arguments.short, arguments.requests, 900, seed)
+        for routing in arguments.routings:
+            for shown in (True, False) if routing == "kv_growth" else (False,):
+                config = configuration(arguments.model, routing, arguments.memory)
+                with tempfile.TemporaryDirectory() as folder, live_service(Path(folder), config) as service:
+                    done = asyncio.run(drive(service.url, arguments.model.name, eos, load, 920, shown))
+                    name = f"`{routing}`{', shown' if shown else ', hidden' if routing == 'kv_growth' else ''}"
+                    print(row(f"{name}, seed {seed}", done, tpots_s, service), flush=True)
+
+
+if __name__ == "__main__":
+    main()
