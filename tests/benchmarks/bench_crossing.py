@@ -109,12 +109,12 @@ def main() -> None:
     if arguments.pictures:
         draw(
             arguments.pictures / "crossing.svg",
-            [(placement, reports[placement, arguments.admissions[-1]]) for placement in PLACEMENTS],
+            [(placement, reports[placement, arguments.admissions[0]]) for placement in PLACEMENTS],
         )
         first = next(iter(PLACEMENTS))
         draw(
             arguments.pictures / "cliff.svg",
-            [(f"`{admission}`", reports[first, admission]) for admission in arguments.admissions],
+            [(admission, reports[first, admission]) for admission in arguments.admissions],
         )
 
 
