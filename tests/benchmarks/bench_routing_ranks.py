@@ -29,6 +29,9 @@ from tests.monitoring.live_service import LiveService, live_service
 
 WARM_UP = 60
 TTFT_S = 2.0
+MAX_TOKENS = 800
+"""Of every request, whatever it writes."""
+
 LIMITS = {"max_model_len": 1024, "max_num_seqs": 64, "max_num_batched_tokens": 512}
 PLACEMENTS = ({"replicas": 2}, {"tensor_parallel_size": 2})
 
@@ -56,7 +59,7 @@ class Done:
         return (self.answer.total_time - self.answer.time_to_first_token) / max(self.answer.completion_tokens - 1, 1)
 
 
-def make_load(rate: float, short: int, requests: int, longest: int, seed: int) -> list[Planned]:
+def make_load(rate: float, short: int, requests: int, seed: int) -> list[Planned]:
     """The same whatever the routing, and whether the class shows or not."""
     rng, now, planned = random.Random(seed), 0.0, []
     for _ in range(requests):
@@ -64,11 +67,11 @@ def make_load(rate: float, short: int, requests: int, longest: int, seed: int) -
         is_long = rng.random() < LONG_SHARE
         output = round(short * (LONG_RATIO if is_long else 1) * rng.lognormvariate(0, SIGMA))
         prompt = round(20 * rng.lognormvariate(0, SIGMA))
-        planned.append(Planned(now, max(4, prompt), min(max(2, output), longest), is_long))
+        planned.append(Planned(now, max(4, prompt), min(max(2, output), MAX_TOKENS), is_long))
     return planned
 
 
-async def drive(url: str, model: str, eos: int, load: Sequence[Planned], max_tokens: int, shown: bool) -> list[Done]:
+async def drive(url: str, model: str, eos: int, load: Sequence[Planned], shown: bool) -> list[Done]:
     """Send each at its time; all that came after the warm-up."""
 
     async def one(session: aiohttp.ClientSession, planned: Planned) -> Done:
@@ -76,7 +79,7 @@ async def drive(url: str, model: str, eos: int, load: Sequence[Planned], max_tok
         body = {
             "model": model,
             "messages": [{"role": "user", "content": " ".join(str(n) for n in range(planned.prompt_words))}],
-            "max_tokens": max_tokens,
+            "max_tokens": MAX_TOKENS,
             "min_tokens": planned.output_tokens - 1,  # the token that ends it is one more
             "logit_bias": {str(eos): 100},
             "temperature": 0,
@@ -132,12 +135,12 @@ def main() -> None:
     print(f"| routing | p99, s | p50, s | p99 of the short | p99 of the long | {goodputs} | preemptions |")
     print(f"|{'---|' * (6 + len(tpots_s))}", flush=True)
     for seed in arguments.seeds:
-        load = make_load(arguments.rate, arguments.short, arguments.requests, 900, seed)
+        load = make_load(arguments.rate, arguments.short, arguments.requests, seed)
         for routing in arguments.routings:
             for shown in (True, False) if routing == "kv_growth" else (False,):
                 config = configuration(arguments.model, routing, arguments.memory)
                 with tempfile.TemporaryDirectory() as folder, live_service(Path(folder), config) as service:
-                    done = asyncio.run(drive(service.url, arguments.model.name, eos, load, 920, shown))
+                    done = asyncio.run(drive(service.url, arguments.model.name, eos, load, shown))
                     name = f"`{routing}`{', shown' if shown else ', hidden' if routing == 'kv_growth' else ''}"
                     print(row(f"{name}, seed {seed}", done, tpots_s, service), flush=True)
 
