@@ -84,10 +84,9 @@ def start(cluster: Cluster) -> Iterator[Start]:
         return process
 
     yield run
-    for process in running:
-        if process.poll() is None:
-            process.send_signal(signal.SIGINT)
-            process.communicate(timeout=120)
+    for process in running:  # not asked to end: Serve takes its time over that, and the cluster goes with all in it
+        process.kill()
+        process.communicate()
 
 
 def printed_until(process: subprocess.Popen[str], mark: str) -> str:

@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 
 from ridgewalk.routing.decision import RoutingDecision, RoutingReason
 from ridgewalk.routing.kv_growth import KvGrowth
-from ridgewalk.routing.least_loaded import least_loaded
 from ridgewalk.routing.prefix_index import PREFIX_BLOCK, prefix_hashes
 from ridgewalk.routing.replica_load import ReplicaLoad
 from tests.routing.builders import MAX_MODEL_LEN, PACES, finish, new, replica, send, taught, with_group
@@ -102,12 +101,30 @@ def test_a_replica_that_would_run_out_of_kv_is_chosen_only_when_all_would(
         assert decision.reason is RoutingReason.ALL_FULL
 
 
-@given(requests, loads)
-def test_before_anything_is_known_it_is_the_least_loaded(request: list, candidates: list[ReplicaLoad]) -> None:  # type: ignore[type-arg]
-    ample = [with_group(load, total_blocks=10**6, available_blocks=10**6) for load in candidates]
-    assert KvGrowth(MAX_MODEL_LEN).choose(request, ample, 0.0) == least_loaded(ample)
-    fresh = [replace(ample[0], placement="TP2"), *ample[1:]]
-    assert TAUGHT.choose(request, fresh, 0.0) == least_loaded(fresh)
+@given(requests, st.lists(st.tuples(st.integers(0, 16), st.integers(0, 8)), min_size=2, max_size=5))
+def test_before_anything_is_known_the_fewest_sequences_decide(request: list, queues: list[tuple[int, int]]) -> None:  # type: ignore[type-arg]
+    alike = [
+        replica(str(number), running, total=10**6, used=used, seats=16) for number, (running, used) in enumerate(queues)
+    ]
+    assert KvGrowth(MAX_MODEL_LEN).choose(request, alike, 0.0) == expected_of(alike)
+    fresh = [replace(load, placement="TP2") for load in alike]
+    assert TAUGHT.choose(request, fresh, 0.0) == expected_of(fresh)
+
+
+def expected_of(alike: list[ReplicaLoad]) -> RoutingDecision:
+    best = min(alike, key=lambda load: (load.num_sequences, -load.available_blocks))
+    full = best.num_sequences + 1 > best.num_seats
+    return RoutingDecision(best.replica_id, RoutingReason.ALL_FULL if full else RoutingReason.LEAST_LOADED)
+
+
+def test_cold_seats_are_those_that_kv_has_room_for() -> None:
+    """1,124 tokens are expected of each sequence."""
+    one, two = replica("one group", total=280), replica("two groups", total=140, groups=2)  # room for 3, and 1 in each
+    large = replica("large", running=2, total=8_000)
+    policy = KvGrowth(MAX_MODEL_LEN)
+    assert decide(policy, [two, one]) == RoutingDecision("one group", RoutingReason.LEAST_LOADED)
+    assert decide(policy, [two, one, large], count=8) == RoutingDecision("large", RoutingReason.LEAST_LOADED)
+    assert decide(policy, [two, one], count=8) == RoutingDecision("one group", RoutingReason.ALL_FULL)
 
 
 def test_a_batch_that_comes_all_at_once_is_shared_out_by_the_kv_there_is() -> None:

@@ -13,7 +13,7 @@ class RoutingReason(str, Enum):
     """Why a replica was chosen."""
 
     ONLY = "only_replica"
-    LEAST_LOADED = "least_loaded"  # the fewest sequences per seat
+    LEAST_LOADED = "least_loaded"  # the fewest sequences per seat (kv_growth, cold: per seat that KV has room for)
     ALL_FULL = "all_full"  # every replica has more to do than it has room for: the one that delays least
     NEXT = "round_robin"
     LEAST_DELAY = "least_delay"  # of replicas of one shape

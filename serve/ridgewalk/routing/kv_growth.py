@@ -104,7 +104,7 @@ class KvGrowth:
         self._refresh(now)
         growth = self._growth(request)
         if self._lengths.num_seen == 0 or any(load.placement not in self._paces for load in loads):
-            return least_loaded(loads, growth.final_tokens)
+            return least_loaded(loads, growth.count, growth.final_tokens)
         seen = self._prefixes.cached_tokens(request[0].prefix)
         cached = {load.replica_id: seen.get(load.replica_id, 0) if load.caches_prefixes else 0 for load in loads}
         options = [
