@@ -1,8 +1,9 @@
 """The capacity cliff for real: 2 x TP1 against TP2, each rank with the same small memory, more and more at once.
 
-``python -m tests.benchmarks.bench_crossing MODEL [--memory 130MiB] [--pictures docs]`` serves MODEL in each placement
+``python -m tests.benchmarks.bench_crossing MODEL [--memory 125MiB] [--pictures docs]`` serves MODEL in each placement
 under each admission, one after the other, and lets `ridgewalk bench` load it: `reasoning`, scaled down. It prints a
-table, and draws the placements over each other, and the admissions over each other, as `bench --compare` does.
+table, and draws the placements under the first admission over each other, and both admissions of the first placement,
+as `bench --compare` does.
 """
 
 from __future__ import annotations
@@ -27,10 +28,12 @@ BENCH = [sys.executable, "-c", "from ridgewalk.cli import main; main()", "bench"
 LIMITS = {"max_model_len": 1024, "max_num_seqs": 64, "max_num_batched_tokens": 512}
 
 
-def configuration(model: Path, placement: Mapping[str, int], admission: str, memory: str) -> dict[str, Any]:
-    """One placement of the model; every rank may use one core."""
-    one = {**placement, "memory": memory, "threads_per_rank": 1}
-    served = {"model": str(model), "name": model.name, "admission": admission, **LIMITS, "placements": [one]}
+def configuration(
+    model: Path, placements: Sequence[Mapping[str, Any]], memory: str, **options: object
+) -> dict[str, Any]:
+    """The model in these placements. Every rank has so much memory and one thread."""
+    every = [{**placement, "memory": memory, "threads_per_rank": 1} for placement in placements]
+    served = {"model": str(model), "name": model.name, **LIMITS, **options, "placements": every}
     return {"host": "127.0.0.1", "port": free_port("127.0.0.1"), "models": [served]}
 
 
@@ -80,17 +83,11 @@ ROWS: Sequence[tuple[str, Callable[[Point], str]]] = (
 )
 
 
-def draw(path: Path, reports: Sequence[tuple[str, Report]]) -> None:
-    """As `ridgewalk bench --compare` does."""
-    path.write_text(sweep_plot(reports))
-    print(path)
-
-
 def main() -> None:
     """See the module."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
-    parser.add_argument("--memory", default="130MiB", help="of each rank, for weights and KV cache")
+    parser.add_argument("--memory", default="125MiB", help="of each rank, for weights and KV cache")
     parser.add_argument("--scale", type=float, default=0.05)
     parser.add_argument("--concurrency", default="4,8,16,32,64")
     parser.add_argument("--requests", type=int, default=96)
@@ -101,21 +98,17 @@ def main() -> None:
     reports: dict[tuple[str, str], Report] = {}
     with tempfile.TemporaryDirectory() as temporary:
         for admission, placement in itertools.product(arguments.admissions, PLACEMENTS):
-            config = configuration(arguments.model, PLACEMENTS[placement], admission, arguments.memory)
+            config = configuration(arguments.model, [PLACEMENTS[placement]], arguments.memory, admission=admission)
             name = f"{placement.replace(' ', '')}-{admission}"
             reports[placement, admission] = measure(config, (arguments.reports or Path(temporary)) / name, arguments)
             print(f"{placement}, {admission}: measured", file=sys.stderr, flush=True)
     print_table({f"{placement}, {admission}": report for (placement, admission), report in reports.items()})
     if arguments.pictures:
-        draw(
-            arguments.pictures / "crossing.svg",
-            [(placement, reports[placement, arguments.admissions[0]]) for placement in PLACEMENTS],
-        )
-        first = next(iter(PLACEMENTS))
-        draw(
-            arguments.pictures / "cliff.svg",
-            [(admission, reports[first, admission]) for admission in arguments.admissions],
-        )
+        admission, placement = arguments.admissions[0], next(iter(PLACEMENTS))
+        crossing = [(name, reports[name, admission]) for name in PLACEMENTS]
+        cliff = [(name, reports[placement, name]) for name in arguments.admissions]
+        for name, pair in (("crossing", crossing), ("cliff", cliff)):
+            (arguments.pictures / f"{name}.svg").write_text(sweep_plot(pair))
 
 
 if __name__ == "__main__":

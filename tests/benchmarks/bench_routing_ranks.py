@@ -1,4 +1,4 @@
-"""Skewed load on mixed placements, for real: `bench_routing`'s load, scaled down, over HTTP on this machine's ranks.
+"""Skewed load on mixed placements, for real: a small load like `bench_routing`'s, over HTTP on this machine's ranks.
 
 ``python -m tests.benchmarks.bench_routing_ranks MODEL [--rate 2] [--short 25] [--memory 130MiB]`` serves MODEL as 2 x
 TP1 beside TP2, once for each routing policy, and sends each the very same requests at the same Poisson arrivals. All
@@ -14,16 +14,15 @@ import asyncio
 import json
 import random
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import aiohttp
 
 from ridgewalk.load.percentile import percentile
 from ridgewalk.load.streaming_client import Answer, stream_completion
-from ridgewalk.replica.host import free_port
+from tests.benchmarks.bench_crossing import configuration
 from tests.benchmarks.bench_routing import LONG_RATIO, LONG_SHARE, ROUTINGS, SIGMA
 from tests.monitoring.live_service import LiveService, live_service
 
@@ -32,7 +31,6 @@ TTFT_S = 2.0
 MAX_TOKENS = 800
 """Of every request, whatever it writes."""
 
-LIMITS = {"max_model_len": 1024, "max_num_seqs": 64, "max_num_batched_tokens": 512}
 PLACEMENTS = ({"replicas": 2}, {"tensor_parallel_size": 2})
 
 
@@ -110,13 +108,6 @@ def row(name: str, done: Sequence[Done], tpots_s: Sequence[float], service: Live
     return f"| {name} | {' | '.join(cells)} |"
 
 
-def configuration(model: Path, routing: str, memory: str) -> dict[str, Any]:
-    """Both shapes at once. Every rank has one thread: four ranks share the cores."""
-    placements: list[Mapping[str, Any]] = [{**each, "memory": memory, "threads_per_rank": 1} for each in PLACEMENTS]
-    served = {"model": str(model), "name": model.name, "routing": routing, **LIMITS, "placements": placements}
-    return {"host": "127.0.0.1", "port": free_port("127.0.0.1"), "models": [served]}
-
-
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -129,16 +120,18 @@ def main() -> None:
     parser.add_argument("--tpot-ms", type=float, nargs="+", default=[25.0, 40.0])
     parser.add_argument("--routings", nargs="+", choices=ROUTINGS, default=ROUTINGS)
     arguments = parser.parse_args()
+    if arguments.requests < 2 * WARM_UP:
+        parser.error(f"--requests: {WARM_UP} of them are the warm-up; at least {2 * WARM_UP} are needed")
     eos = json.loads((arguments.model / "config.json").read_text())["eos_token_id"]
     tpots_s = [each / 1e3 for each in arguments.tpot_ms]
     goodputs = " | ".join(f"goodput, TPOT {each:g} ms" for each in arguments.tpot_ms)
-    print(f"| routing | p99, s | p50, s | p99 of the short | p99 of the long | {goodputs} | preemptions |")
+    print(f"| routing | p99, s | p50, s | p99 of the short | p99 of the long | {goodputs} | preemptions, of all |")
     print(f"|{'---|' * (6 + len(tpots_s))}", flush=True)
     for seed in arguments.seeds:
         load = make_load(arguments.rate, arguments.short, arguments.requests, seed)
         for routing in arguments.routings:
             for shown in (True, False) if routing == "kv_growth" else (False,):
-                config = configuration(arguments.model, routing, arguments.memory)
+                config = configuration(arguments.model, PLACEMENTS, arguments.memory, routing=routing)
                 with tempfile.TemporaryDirectory() as folder, live_service(Path(folder), config) as service:
                     done = asyncio.run(drive(service.url, arguments.model.name, eos, load, shown))
                     name = f"`{routing}`{', shown' if shown else ', hidden' if routing == 'kv_growth' else ''}"

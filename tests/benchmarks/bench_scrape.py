@@ -1,7 +1,7 @@
 """How long a scrape of the whole service takes. ``python -m tests.benchmarks.bench_scrape [--replicas 8]``.
 
 `ridgewalk serve --with-prometheus` runs so many replicas of the dense demo model, one rank each, idle and under load;
-the figures are Prometheus' own ``scrape_duration_seconds``, of one scrape a second.
+the figures are Prometheus' own ``scrape_duration_seconds``, of one scrape every 2 s.
 """
 
 from __future__ import annotations
