@@ -20,11 +20,10 @@ from typing import Any
 from ridgewalk.bench.plots import sweep_plot
 from ridgewalk.bench.report import Distribution, Point, Report, Service, read_report
 from ridgewalk.replica.host import free_port
-from tests.monitoring.live_service import live_service
+from tests.monitoring.live_service import RIDGEWALK, live_service
 
 PLACEMENTS: Mapping[str, Mapping[str, int]] = {"2 x TP1": {"replicas": 2}, "TP2": {"tensor_parallel_size": 2}}
 ADMISSIONS = ("prompt_only", "predictive")
-BENCH = [sys.executable, "-c", "from ridgewalk.cli import main; main()", "bench", "--profile", "reasoning"]
 LIMITS = {"max_model_len": 1024, "max_num_seqs": 64, "max_num_batched_tokens": 512}
 
 
@@ -43,9 +42,10 @@ def measure(config: Mapping[str, Any], folder: Path, arguments: argparse.Namespa
     with live_service(folder, config) as service:
         subprocess.run(
             [
-                *BENCH, "--url", service.url, "--tokenizer", str(arguments.model), "--scale", str(arguments.scale),
-                "--concurrency", arguments.concurrency, "--requests", str(arguments.requests), "--slo-ttft", "5s",
-                "--slo-itl", "200ms", "--out", str(folder),
+                *RIDGEWALK, "bench", "--profile", "reasoning", "--url", service.url,
+                "--tokenizer", str(arguments.model),
+                "--scale", str(arguments.scale), "--concurrency", arguments.concurrency,
+                "--requests", str(arguments.requests), "--slo-ttft", "5s", "--slo-itl", "200ms", "--out", str(folder),
             ],
             check=True, stdout=subprocess.DEVNULL,
         )  # fmt: skip

@@ -64,18 +64,40 @@ class Figures:
     preemptions: int
 
 
-def make_load(case: Case) -> tuple[Arrival, ...]:
-    """The same requests whatever the routing, and whether the class shows or not."""
-    rng, now, arrivals = random.Random(case.seed), 0.0, []
-    for _ in range(case.requests):
-        now += rng.expovariate(case.rate)
+@dataclass(frozen=True)
+class Planned:
+    """One request of a skewed load."""
+
+    at_s: float
+    prompt_length: int
+    output_length: int
+    is_long: bool
+
+
+def skewed_load(
+    rate: float, short: int, requests: int, seed: int, prompt: int, prompt_sigma: float
+) -> Iterator[Planned]:
+    """The same requests whatever the routing, and whether the class shows or not. ``prompt``: the median length."""
+    rng, now = random.Random(seed), 0.0
+    for _ in range(requests):
+        now += rng.expovariate(rate)
         is_long = rng.random() < LONG_SHARE
-        median = case.short * (LONG_RATIO if is_long else 1)
-        output = max(1, round(median * rng.lognormvariate(0, SIGMA)))
-        prompt = max(16, round(400 * rng.lognormvariate(0, 0.6)))
-        effort = ("high" if is_long else "low") if case.shown else ""
-        arrivals.append(Arrival(now, prompt, output, effort))
-    return tuple(arrivals)
+        median = short * (LONG_RATIO if is_long else 1)
+        output = round(median * rng.lognormvariate(0, SIGMA))
+        yield Planned(now, round(prompt * rng.lognormvariate(0, prompt_sigma)), output, is_long)
+
+
+def make_load(case: Case) -> tuple[Arrival, ...]:
+    """As the simulator takes it."""
+    return tuple(
+        Arrival(
+            each.at_s,
+            max(16, each.prompt_length),
+            max(1, each.output_length),
+            ("high" if each.is_long else "low") if case.shown else "",
+        )
+        for each in skewed_load(case.rate, case.short, case.requests, case.seed, prompt=400, prompt_sigma=0.6)
+    )
 
 
 def run(case: Case) -> Figures:

@@ -12,10 +12,9 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import random
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import aiohttp
@@ -23,7 +22,7 @@ import aiohttp
 from ridgewalk.load.percentile import percentile
 from ridgewalk.load.streaming_client import Answer, stream_completion
 from tests.benchmarks.bench_crossing import configuration
-from tests.benchmarks.bench_routing import LONG_RATIO, LONG_SHARE, ROUTINGS, SIGMA
+from tests.benchmarks.bench_routing import ROUTINGS, SIGMA, Planned, skewed_load
 from tests.monitoring.live_service import LiveService, live_service
 
 WARM_UP = 60
@@ -32,16 +31,6 @@ MAX_TOKENS = 800
 """Of every request, whatever it writes."""
 
 PLACEMENTS = ({"replicas": 2}, {"tensor_parallel_size": 2})
-
-
-@dataclass(frozen=True)
-class Planned:
-    """One request of the load."""
-
-    at_s: float
-    prompt_words: int
-    output_tokens: int
-    is_long: bool
 
 
 @dataclass(frozen=True)
@@ -58,15 +47,15 @@ class Done:
 
 
 def make_load(rate: float, short: int, requests: int, seed: int) -> list[Planned]:
-    """The same whatever the routing, and whether the class shows or not."""
-    rng, now, planned = random.Random(seed), 0.0, []
-    for _ in range(requests):
-        now += rng.expovariate(rate)
-        is_long = rng.random() < LONG_SHARE
-        output = round(short * (LONG_RATIO if is_long else 1) * rng.lognormvariate(0, SIGMA))
-        prompt = round(20 * rng.lognormvariate(0, SIGMA))
-        planned.append(Planned(now, max(4, prompt), min(max(2, output), MAX_TOKENS), is_long))
-    return planned
+    """As the model's context can hold it."""
+    return [
+        replace(
+            each,
+            prompt_length=max(4, each.prompt_length),
+            output_length=min(max(2, each.output_length), MAX_TOKENS),
+        )
+        for each in skewed_load(rate, short, requests, seed, prompt=20, prompt_sigma=SIGMA)
+    ]
 
 
 async def drive(url: str, model: str, eos: int, load: Sequence[Planned], shown: bool) -> list[Done]:
@@ -76,15 +65,15 @@ async def drive(url: str, model: str, eos: int, load: Sequence[Planned], shown: 
         await asyncio.sleep(planned.at_s)
         body = {
             "model": model,
-            "messages": [{"role": "user", "content": " ".join(str(n) for n in range(planned.prompt_words))}],
+            "messages": [{"role": "user", "content": " ".join(str(n) for n in range(planned.prompt_length))}],
             "max_tokens": MAX_TOKENS,
-            "min_tokens": planned.output_tokens - 1,  # the token that ends it is one more
+            "min_tokens": planned.output_length - 1,  # the token that ends it is one more
             "logit_bias": {str(eos): 100},
             "temperature": 0,
             "reasoning_effort": "high" if planned.is_long and shown else "low",
         }
         answer = await stream_completion(session, f"{url}/v1/chat/completions", body)
-        assert answer.completion_tokens == planned.output_tokens, (answer.completion_tokens, planned)
+        assert answer.completion_tokens == planned.output_length, (answer.completion_tokens, planned)
         return Done(planned, answer)
 
     async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:

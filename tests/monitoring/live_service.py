@@ -22,7 +22,7 @@ import yaml
 from ridgewalk.load.streaming_client import RequestFailed, stream_completion
 from ridgewalk.replica.host import free_port
 
-COMMAND = [sys.executable, "-c", "from ridgewalk.cli import main; main()", "serve", "--with-prometheus"]
+RIDGEWALK = [sys.executable, "-c", "from ridgewalk.cli import main; main()"]
 MAX_MODEL_LEN = 256
 PEAKS = {"peak_flops_per_rank": 200e9, "peak_bandwidth_per_rank": "20GB"}
 """Of about one core."""
@@ -80,7 +80,12 @@ def live_service(folder: Path, config: Mapping[str, Any]) -> Iterator[LiveServic
     """Started, ready, and ended at the latest with the block."""
     path = folder / "service.yaml"
     path.write_text(yaml.safe_dump(dict(config)))
-    process = subprocess.Popen([*COMMAND, "-c", str(path)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    process = subprocess.Popen(
+        [*RIDGEWALK, "serve", "--with-prometheus", "-c", str(path)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
     try:
         assert process.stdout is not None
         printed = []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import shutil
 import signal
 import time
@@ -119,6 +120,8 @@ def test_prometheus_ends_with_the_service(service: LiveService) -> None:
     (option,) = [part for part in prometheus.cmdline() if part.startswith("--config.file=")]
     folder = Path(option.removeprefix("--config.file=")).parent
     assert folder.is_dir()
+    assert os.getpgid(prometheus.pid) == prometheus.pid  # a terminal's Ctrl-C passes it by ...
+    assert os.getsid(prometheus.pid) == os.getsid(service.process.pid)  # ... and it has its share of busy cores
     service.process.send_signal(signal.SIGINT)
     assert service.process.wait(60) == 0
     _, alive = psutil.wait_procs(family, timeout=0)

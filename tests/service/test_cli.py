@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import signal
 import subprocess
-import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -21,10 +20,11 @@ import yaml
 from ridgewalk.load.scrape import Scrape
 from ridgewalk.replica.host import free_port
 from tests.launch.addresses import can_listen, own_address
+from tests.monitoring.live_service import RIDGEWALK
 from tests.service.conftest import MODEL
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
-COMMAND = [sys.executable, "-c", "from ridgewalk.cli import main; main()", "serve"]
+COMMAND = [*RIDGEWALK, "serve"]
 
 Start = Callable[..., subprocess.Popen[str]]
 
