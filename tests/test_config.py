@@ -41,6 +41,7 @@ RECORDING = {"enable_expert_parallel": True, "record_expert_load": "/var/seen.js
         ({"models": [{"model": "x", "placements": [{"memory": "2 potatoes"}]}]}, "write it as 2GiB"),
         ({"models": [{"model": "x", "placements": [{"memory": 5, "num_blocks": 5}]}]}, "exclude each other"),
         ({"models": [{"model": "x", "dtype": "int8"}]}, r"models\[0\].dtype"),
+        ({"models": [{"model": "x", "slo_tpot_ms": 0}]}, r"models\[0\].slo_tpot_ms: .*greater than 0"),
         ({"models": [{"model": "x"}, {"model": "x"}]}, "two models are called 'x'"),
         ({"models": [{"model": "x", "placements": [{}, {}]}]}, "lists a placement twice"),
         ({"models": [{"model": "x"}], "port": 99999}, "port"),

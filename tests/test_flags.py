@@ -62,6 +62,8 @@ WRONG = {
     "--block-size": "0",
     "--admission": "hopeful",
     "--routing": "nearest",
+    "--slo-ttft-ms": "0",
+    "--slo-tpot-ms": "-1",
     "--max-waiting": "0",
     "--port": "0",
     "--ingress-replicas": "0",

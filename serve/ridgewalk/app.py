@@ -39,6 +39,7 @@ from ridgewalk.replica.engine_replica import EngineReplica
 from ridgewalk.replica.host import memory_bytes
 from ridgewalk.replica.sizing import size_cache
 from ridgewalk.routing.decision import RoutingName
+from ridgewalk.routing.latency_slo import LatencySlo
 
 logger = logging.getLogger(__name__)
 
@@ -69,6 +70,7 @@ class PlannedModel:
     path: Path
     max_model_len: int
     routing: RoutingName
+    slo: LatencySlo
     placements: list[PlannedPlacement]
 
 
@@ -235,7 +237,7 @@ def _resolve_model(model: ModelConfig, host: _Host) -> PlannedModel:
         raise ConfigError(str(error)) from None
     except (OSError, ValueError) as error:
         raise ConfigError(f"model {name}: {error}") from None
-    return PlannedModel(name, path, max_model_len, model.routing, placements)
+    return PlannedModel(name, path, max_model_len, model.routing, model.slo, placements)
 
 
 def _resolve_placement(
@@ -334,7 +336,7 @@ def _place_experts(
 
 def _ingress_model(model: PlannedModel) -> IngressModel:
     num_replicas = {placement.engine.placement: placement.replicas for placement in model.placements}
-    return IngressModel(model.name, str(model.path), model.max_model_len, num_replicas, model.routing)
+    return IngressModel(model.name, str(model.path), model.max_model_len, num_replicas, model.routing, model.slo)
 
 
 def _deployment_name(model: str, placement: str) -> str:

@@ -164,6 +164,20 @@ def serve(
             help="kv_growth: by how long each replica and request delay each other; least_loaded; round_robin.",
         ),
     ] = "kv_growth",
+    slo_ttft_ms: Annotated[
+        float | None,
+        typer.Option(
+            rich_help_panel=ENGINE,
+            help="Time to first token that routing tries to keep, for requests without the header x-slo-ttft-ms.",
+        ),
+    ] = None,
+    slo_tpot_ms: Annotated[
+        float | None,
+        typer.Option(
+            rich_help_panel=ENGINE,
+            help="Mean time per further token that it tries to keep, for requests without x-slo-tpot-ms.",
+        ),
+    ] = None,
     max_waiting: Annotated[
         int, typer.Option(rich_help_panel=ENGINE, help="Waiting sequences per model; beyond it clients get 429.")
     ] = 2048,

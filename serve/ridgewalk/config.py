@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,6 +15,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from ridgewalk.engine.scheduler_config import AdmissionName
 from ridgewalk.placement.mesh import Mesh, placement_name
 from ridgewalk.routing.decision import RoutingName
+from ridgewalk.routing.latency_slo import LatencySlo
 
 LONGEST_STREAM_S = 3600.0
 """Replicas drain, and HAProxy keeps the workers of before a reload, for at least so long."""
@@ -128,9 +130,16 @@ class ModelConfig(_Strict):
     enable_prefix_caching: bool = True
     admission: AdmissionName = "predictive"  # by the predicted peak of KV use, or by the prompt alone (prompt_only)
     routing: RoutingName = "kv_growth"  # which replica takes a request: see `ridgewalk.routing`
+    slo_ttft_ms: float | None = Field(None, gt=0, allow_inf_nan=False)  # of requests without x-slo-ttft-ms
+    slo_tpot_ms: float | None = Field(None, gt=0, allow_inf_nan=False)  # of requests without x-slo-tpot-ms
     max_waiting: int = Field(2048, ge=1)  # waiting sequences per model; beyond it requests get 429
     workload: str = "reasoning"  # what placements are planned for where none are listed
     placements: list[PlacementConfig] = []  # none: planned when the service starts
+
+    @property
+    def slo(self) -> LatencySlo:
+        """The pace of requests that ask for none."""
+        return LatencySlo(*(math.inf if each is None else each / 1e3 for each in (self.slo_ttft_ms, self.slo_tpot_ms)))
 
     @property
     def served_name(self) -> str:

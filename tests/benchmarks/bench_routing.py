@@ -1,10 +1,11 @@
 """Skewed load on mixed placements, simulated: a tenth of the requests write twenty times more than the others.
 
-``python -m tests.benchmarks.bench_routing [--placement DP4+TP4] [--rate 20] [--short 200] [--seeds 0 1 2]``
+``python -m tests.benchmarks.bench_routing [--placement DP4+TP4] [--rate 20] [--short 200] [--seeds 0 1] [--ask-ms 20]``
 
 Arrivals are a Poisson process. With the class *shown* the long send ``reasoning_effort`` high and the others low;
 *hidden*, all send the same. Every request's ``max_tokens`` is that of the longest. Admission is predictive, steps are
-scheduled ahead (policy ``ridgewalk``): only the routing differs. A figure is the mean over the seeds, with its range.
+scheduled ahead (policy ``ridgewalk``): only the routing differs. With ``--ask-ms`` every request asks for the limits of
+goodput, with that TPOT, and `kv_growth` is run once more for it. A figure is the mean over the seeds, with its range.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import random
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
+from itertools import product
 from statistics import fmean
 
 from ridgewalk.load.percentile import percentile
@@ -25,6 +27,7 @@ from ridgewalk.planning.policy import POLICIES
 from ridgewalk.planning.shape import parse_placement
 from ridgewalk.planning.simulator import Arrival, Outcome, Scene, simulate
 from ridgewalk.routing.decision import RoutingName
+from ridgewalk.routing.latency_slo import NO_SLO, LatencySlo
 
 LONG_SHARE, LONG_RATIO = 0.1, 20
 SIGMA = 0.4
@@ -49,6 +52,7 @@ class Case:
     requests: int
     routing: RoutingName
     shown: bool
+    slo: LatencySlo
     seed: int
 
 
@@ -106,7 +110,7 @@ def run(case: Case) -> Figures:
     assert path is not None, f"--model: there is no {case.model}"
     spec = ModelSpec.from_config(json.loads(path.read_text()))
     policy = replace(POLICIES["ridgewalk"], routing=case.routing)
-    scene = Scene(spec, find_hardware(case.hardware), policy, make_load(case))
+    scene = Scene(spec, find_hardware(case.hardware), policy, make_load(case), case.slo)
     return _figures(case, simulate(scene, parse_placement(case.placement)), scene.arrivals[-1].time_s)
 
 
@@ -122,7 +126,9 @@ def _figures(case: Case, outcome: Outcome, arriving_s: float) -> Figures:
         p50_s=percentile(latencies, 0.5),
         short_p99_s=percentile(short, 0.99),
         long_p99_s=percentile(long, 0.99),
-        goodputs=tuple(outcome.goodput_per_s(TTFT_S, tpot) * outcome.makespan_s / arriving_s for tpot in TPOTS_S),
+        goodputs=tuple(
+            outcome.goodput_per_s(LatencySlo(TTFT_S, tpot)) * outcome.makespan_s / arriving_s for tpot in TPOTS_S
+        ),
         preemptions=outcome.preemptions,
     )
 
@@ -144,12 +150,14 @@ def _row(name: str, seeds: Sequence[Figures]) -> str:
 
 
 def _cases(arguments: argparse.Namespace) -> Iterator[tuple[str, list[Case]]]:
-    for shown in (True, False):
-        for routing in arguments.routings:
-            yield f"{'shown' if shown else 'hidden'}, `{routing}`", [
+    asked = [NO_SLO, *(LatencySlo(TTFT_S, limit / 1e3) for limit in arguments.ask_ms)]
+    for shown, routing, slo in product((True, False), arguments.routings, asked):
+        if slo is NO_SLO or routing == "kv_growth":
+            asking = "" if slo is NO_SLO else f", {slo.tpot_s * 1e3:g} ms asked for"
+            yield f"{'shown' if shown else 'hidden'}, `{routing}`{asking}", [
                 Case(
                     arguments.model, arguments.hardware, arguments.placement, arguments.rate, arguments.short,
-                    arguments.requests, routing, shown, seed,
+                    arguments.requests, routing, shown, slo, seed,
                 )
                 for seed in arguments.seeds
             ]  # fmt: skip
@@ -166,6 +174,7 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=3000)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--routings", nargs="+", choices=ROUTINGS, default=ROUTINGS)
+    parser.add_argument("--ask-ms", type=float, nargs="*", default=[], help="TPOT limits that requests ask for")
     parser.add_argument("--processes", type=int, default=1)
     arguments = parser.parse_args()
     print(

@@ -4,7 +4,8 @@
 TP1 beside TP2, once for each routing policy, and sends each the very same requests at the same Poisson arrivals. All
 send the same ``max_tokens``: a request ends where ``min_tokens`` stops forbidding an end that ``logit_bias`` wants, and
 neither router nor scheduler reads those. *Shown*: the long send ``reasoning_effort`` high, the others low. *Hidden*:
-all send the same. The first `WARM_UP` requests count nowhere: what a policy learns, it learns from them.
+all send the same. With ``--ask-ms`` `kv_growth` is also run with every request asking for first tokens within 2 s and
+that TPOT, by headers. The first `WARM_UP` requests count nowhere: what a policy learns, it learns from them.
 """
 
 from __future__ import annotations
@@ -19,8 +20,10 @@ from pathlib import Path
 
 import aiohttp
 
+from ridgewalk.api.slo_headers import TPOT_HEADER, TTFT_HEADER
 from ridgewalk.load.percentile import percentile
 from ridgewalk.load.streaming_client import Answer, stream_completion
+from ridgewalk.routing.decision import RoutingName
 from tests.benchmarks.bench_crossing import configuration
 from tests.benchmarks.bench_routing import ROUTINGS, SIGMA, Planned, skewed_load
 from tests.monitoring.live_service import LiveService, live_service
@@ -31,6 +34,23 @@ MAX_TOKENS = 800
 """Of every request, whatever it writes."""
 
 PLACEMENTS = ({"replicas": 2}, {"tensor_parallel_size": 2})
+
+
+@dataclass(frozen=True)
+class Mode:
+    """What differs between two runs of one load."""
+
+    routing: RoutingName
+    shown: bool = False
+    ask_ms: float | None = None  # the TPOT that requests ask for
+
+    @property
+    def name(self) -> str:
+        """For the table."""
+        words = [f"`{self.routing}`"]
+        if self.routing == "kv_growth":
+            words += ["shown" if self.shown else "hidden", *([f"{self.ask_ms:g} ms asked for"] if self.ask_ms else [])]
+        return ", ".join(words)
 
 
 @dataclass(frozen=True)
@@ -58,8 +78,9 @@ def make_load(rate: float, short: int, requests: int, seed: int) -> list[Planned
     ]
 
 
-async def drive(url: str, model: str, eos: int, load: Sequence[Planned], shown: bool) -> list[Done]:
+async def drive(url: str, model: str, eos: int, load: Sequence[Planned], mode: Mode) -> list[Done]:
     """Send each at its time; all that came after the warm-up."""
+    asking = {} if mode.ask_ms is None else {TTFT_HEADER: f"{TTFT_S * 1e3:g}", TPOT_HEADER: f"{mode.ask_ms:g}"}
 
     async def one(session: aiohttp.ClientSession, planned: Planned) -> Done:
         await asyncio.sleep(planned.at_s)
@@ -70,13 +91,13 @@ async def drive(url: str, model: str, eos: int, load: Sequence[Planned], shown: 
             "min_tokens": planned.output_length - 1,  # the token that ends it is one more
             "logit_bias": {str(eos): 100},
             "temperature": 0,
-            "reasoning_effort": "high" if planned.is_long and shown else "low",
+            "reasoning_effort": "high" if planned.is_long and mode.shown else "low",
         }
         answer = await stream_completion(session, f"{url}/v1/chat/completions", body)
         assert answer.completion_tokens == planned.output_length, (answer.completion_tokens, planned)
         return Done(planned, answer)
 
-    async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
+    async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0), headers=asking) as session:
         done = await asyncio.gather(*(one(session, planned) for planned in load))
     return done[WARM_UP:]
 
@@ -97,6 +118,12 @@ def row(name: str, done: Sequence[Done], tpots_s: Sequence[float], service: Live
     return f"| {name} | {' | '.join(cells)} |"
 
 
+def modes(routings: Sequence[RoutingName], ask_ms: Sequence[float]) -> list[Mode]:
+    """All that is run for each load."""
+    growth = [Mode("kv_growth", shown, ask) for shown in (True, False) for ask in (None, *ask_ms)]
+    return [mode for routing in routings for mode in (growth if routing == "kv_growth" else [Mode(routing)])]
+
+
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -107,6 +134,7 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=300)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--tpot-ms", type=float, nargs="+", default=[25.0, 40.0])
+    parser.add_argument("--ask-ms", type=float, nargs="*", default=[], help="TPOT limits that requests ask for")
     parser.add_argument("--routings", nargs="+", choices=ROUTINGS, default=ROUTINGS)
     arguments = parser.parse_args()
     if arguments.requests < 2 * WARM_UP:
@@ -118,13 +146,11 @@ def main() -> None:
     print(f"|{'---|' * (6 + len(tpots_s))}", flush=True)
     for seed in arguments.seeds:
         load = make_load(arguments.rate, arguments.short, arguments.requests, seed)
-        for routing in arguments.routings:
-            for shown in (True, False) if routing == "kv_growth" else (False,):
-                config = configuration(arguments.model, PLACEMENTS, arguments.memory, routing=routing)
-                with tempfile.TemporaryDirectory() as folder, live_service(Path(folder), config) as service:
-                    done = asyncio.run(drive(service.url, arguments.model.name, eos, load, shown))
-                    name = f"`{routing}`{', shown' if shown else ', hidden' if routing == 'kv_growth' else ''}"
-                    print(row(f"{name}, seed {seed}", done, tpots_s, service), flush=True)
+        for mode in modes(arguments.routings, arguments.ask_ms):
+            config = configuration(arguments.model, PLACEMENTS, arguments.memory, routing=mode.routing)
+            with tempfile.TemporaryDirectory() as folder, live_service(Path(folder), config) as service:
+                done = asyncio.run(drive(service.url, arguments.model.name, eos, load, mode))
+                print(row(f"{mode.name}, seed {seed}", done, tpots_s, service), flush=True)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from ridgewalk.calibration.hardware_file import as_yaml
 from ridgewalk.cli import app
 from ridgewalk.config import ConfigError, load_config
 from ridgewalk.machine import calibration_path
+from ridgewalk.routing.latency_slo import LatencySlo
 from tests.calibration.test_hardware_file import machine
 
 SMALL = ("--workload", "chat", "--requests", "24")
@@ -71,6 +72,14 @@ def test_the_configuration_that_is_emitted_can_be_served(tmp_path: Path) -> None
     assert model.model == "mistralai/Mixtral-8x7B-Instruct-v0.1"
     assert [placement.name for placement in model.placements] == ["DP2xEP2", "TP2"]
     assert [placement.gpus_per_rank for placement in model.placements] == [1.0, 1.0]
+
+
+def test_limits_that_were_planned_for_are_emitted_as_the_pace_that_requests_ask_for(tmp_path: Path) -> None:
+    path = tmp_path / "service.yaml"
+    goodput = ("--objective", "goodput", "--tpot", "40ms", "--policy", "ridgewalk", "--emit", str(path))
+    planned("--model", "r1-distill-qwen-1.5b", "--hardware", "2xh100", "--only", "DP2,TP2", *goodput)
+    (model,) = load_config(path).models
+    assert model.slo == LatencySlo(tpot_s=0.04)
 
 
 def test_a_table_reasons_and_an_account_are_printed_and_a_plot_drawn(tmp_path: Path) -> None:

@@ -14,12 +14,13 @@ from ridgewalk.placement.mesh import Mesh, placement_name
 from ridgewalk.placement.model_spec import ModelSpec
 from ridgewalk.planning import planner
 from ridgewalk.planning.load import make_load
-from ridgewalk.planning.planner import Limits, evaluate, rank
+from ridgewalk.planning.planner import evaluate, rank
 from ridgewalk.planning.policy import POLICIES
 from ridgewalk.planning.replica_simulation import ReplicaSimulation
 from ridgewalk.planning.shape import ShapeError, enumerate_placements, parse_placement
 from ridgewalk.planning.simulator import Arrival, Outcome, Scene, outcome_at_best, simulate
 from ridgewalk.planning.verdict import reason
+from ridgewalk.routing.latency_slo import LatencySlo
 
 
 def scene(arrivals: list[Arrival], hardware: str = "8xh200", model: str = "qwen2.5-14b", **policy: object) -> Scene:
@@ -109,7 +110,7 @@ def test_pipelines_that_cannot_win_are_bounded_unless_asked_about(monkeypatch: p
     candidates = evaluate(situation, placements, {"PP8"})
     assert [each.placement for each in candidates] == placements
     assert [each.simulated for each in candidates] == [True, True, False, True]
-    best, pruned = rank(candidates, "throughput", Limits())[:2]
+    best, pruned = rank(candidates, "throughput")[:2]
     assert best.placement.name == "DP8"
     assert pruned.outcome is not None
     assert reason(candidates[2], best).startswith("at most ")
@@ -118,11 +119,11 @@ def test_pipelines_that_cannot_win_are_bounded_unless_asked_about(monkeypatch: p
 def test_ranking_is_by_throughput_or_by_requests_within_the_limits() -> None:
     situation = scene(list(make_load("chat", 16, None, 0)))
     candidates = evaluate(situation, [parse_placement(name) for name in ("DP8", "TP8", "TP16")])
-    by_throughput = rank(candidates, "throughput", Limits())
+    by_throughput = rank(candidates, "throughput")
     assert by_throughput[-1].placement.name == "TP16"
     fastest = min(candidates[:2], key=lambda each: each.outcome.tpot_p50_s if each.outcome else math.inf)
     assert fastest.outcome is not None
-    limits = Limits(tpot_s=fastest.outcome.tpot_p50_s * 1.01)
+    limits = LatencySlo(tpot_s=fastest.outcome.tpot_p50_s * 1.01)
     assert rank(candidates, "goodput", limits)[0] is fastest
 
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 from ridgewalk.engine.sampling import SamplingParams
 from ridgewalk.engine.step_meter import StepMeans
 from ridgewalk.routing.kv_growth import KvGrowth
+from ridgewalk.routing.latency_slo import NO_SLO, LatencySlo
 from ridgewalk.routing.open_sequence import NewSequence, OpenSequence
 from ridgewalk.routing.replica_load import GroupKV, ReplicaLoad
 from ridgewalk.routing.step_pace import StepPace
@@ -18,10 +19,14 @@ PACES = {"TP1": StepPace(0.016, 2e-5, 8e-7, 1e-4), "TP4": StepPace(0.006, 2e-5, 
 
 
 def new(
-    effort: str = "", prompt: int = 100, prefix: tuple[int, ...] = (), stops: tuple[int, ...] = (1,)
+    effort: str = "",
+    prompt: int = 100,
+    prefix: tuple[int, ...] = (),
+    stops: tuple[int, ...] = (1,),
+    slo: LatencySlo = NO_SLO,
 ) -> NewSequence:
     sampling = SamplingParams(max_tokens=MAX_TOKENS, reasoning_effort=effort, stop_token_ids=stops)
-    return NewSequence.of(sampling, prompt, prefix=prefix)
+    return NewSequence.of(sampling, prompt, prefix=prefix, slo=slo)
 
 
 def replica(

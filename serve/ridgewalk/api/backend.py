@@ -10,6 +10,7 @@ from ridgewalk.api.chat_template import ChatTemplate
 from ridgewalk.api.tokenizer import Tokenizer
 from ridgewalk.engine.sampling import SamplingParams
 from ridgewalk.engine.step import TokenLogprobs
+from ridgewalk.routing.latency_slo import NO_SLO, LatencySlo
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,7 @@ class ServedModel:
     default_sampling: Mapping[str, float] = field(default_factory=dict)  # of generation_config.json: temperature, ...
     created: int = 0  # unix seconds, for /v1/models
     reasoning_tags: tuple[str, str] | None = ("<think>", "</think>")  # None: a chat's output is not parted
+    slo: LatencySlo = NO_SLO  # of requests that ask for none
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,7 @@ class Sequence:
 
     prompt_token_ids: list[int]
     sampling: SamplingParams
+    slo: LatencySlo = NO_SLO
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,7 @@ from ridgewalk.api.output import OutputOptions
 from ridgewalk.api.reply import GenerationReply
 from ridgewalk.api.sampling_fields import output_limit, sampling_params
 from ridgewalk.api.service import Service, encode_all, off_loop
+from ridgewalk.api.slo_headers import requested_slo
 from ridgewalk.api.stop_strings import StopAutomaton
 from ridgewalk.api.thinking_budget import thinking_budget
 
@@ -51,6 +52,7 @@ class ChatHandler:
         if not prompt_ids:
             raise ApiError("The prompt has no tokens.", param="messages")
         limit = output_limit(model, len(prompt_ids), call.output_limit, None, "messages", _limit_param(call))
+        slo = requested_slo(request.headers, model.slo)
         budget = thinking_budget(call, model, limit, prompt)
         sampling = sampling_params(call, model, limit, call.num_logprobs, budget, call.reasoning_effort or "")
         stops = call.stop_strings
@@ -58,7 +60,7 @@ class ChatHandler:
             service.backend,
             model,
             new_request_id(request, "chatcmpl-"),
-            [Sequence(prompt_ids, params) for params in sampling],
+            [Sequence(prompt_ids, params, slo) for params in sampling],
             len(sampling),
             OutputOptions(
                 skip_special_tokens=call.skip_special_tokens is not False,

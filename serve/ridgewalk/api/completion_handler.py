@@ -25,7 +25,9 @@ from ridgewalk.api.output import OutputOptions
 from ridgewalk.api.reply import GenerationReply
 from ridgewalk.api.sampling_fields import output_limit, sampling_params
 from ridgewalk.api.service import Service, encode_all
+from ridgewalk.api.slo_headers import requested_slo
 from ridgewalk.api.stop_strings import StopAutomaton
+from ridgewalk.routing.latency_slo import LatencySlo
 
 
 class CompletionHandler:
@@ -51,11 +53,12 @@ class CompletionHandler:
             )
         prompt_ids = await _token_ids(model, asked, call.add_special_tokens is not False)
         stops = call.stop_strings
+        slo = requested_slo(request.headers, model.slo)
         generation = Generation(
             _PromptsOnly() if call.max_tokens == 0 else service.backend,
             model,
             new_request_id(request, "cmpl-"),
-            [sequence for ids in prompt_ids for sequence in _sequences(call, model, ids)],
+            [sequence for ids in prompt_ids for sequence in _sequences(call, model, ids, slo)],
             n,
             OutputOptions(
                 skip_special_tokens=call.skip_special_tokens is not False,
@@ -113,6 +116,6 @@ async def _token_ids(model: ServedModel, asked: list[str | list[int]], add_speci
     return token_ids
 
 
-def _sequences(call: CompletionRequest, model: ServedModel, prompt_ids: list[int]) -> list[Sequence]:
+def _sequences(call: CompletionRequest, model: ServedModel, prompt_ids: list[int], slo: LatencySlo) -> list[Sequence]:
     limit = output_limit(model, len(prompt_ids), call.max_tokens, DEFAULT_MAX_TOKENS, "prompt", "max_tokens")
-    return [Sequence(prompt_ids, params) for params in sampling_params(call, model, limit, call.logprobs)]
+    return [Sequence(prompt_ids, params, slo) for params in sampling_params(call, model, limit, call.logprobs)]

@@ -19,6 +19,7 @@ from ridgewalk.metrics.ingress_metrics import IngressMetrics
 from ridgewalk.replica.serve_rank import serve_rank
 from ridgewalk.replica.service_backend import ServiceBackend
 from ridgewalk.routing.decision import RoutingName
+from ridgewalk.routing.latency_slo import LatencySlo
 
 logger = logging.getLogger(__name__)
 
@@ -36,6 +37,7 @@ class IngressModel(msgspec.Struct, frozen=True):
     max_model_len: int
     num_replicas: dict[str, int]  # that shall run, by placement
     routing: RoutingName
+    slo: LatencySlo
 
 
 class IngressSettings(msgspec.Struct, frozen=True):
@@ -56,7 +58,8 @@ class Ingress:
         names = [model.name for model in settings.models]
         self._metrics = IngressMetrics(serve_rank(), names, serve_rank)
         models = [
-            load_served_model(model.name, model.path, max_model_len=model.max_model_len) for model in settings.models
+            load_served_model(model.name, model.path, max_model_len=model.max_model_len, slo=model.slo)
+            for model in settings.models
         ]
         expected = {model.name: model.num_replicas for model in settings.models}
         routing = {model.name: model.routing for model in settings.models}

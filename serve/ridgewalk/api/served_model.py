@@ -10,6 +10,7 @@ from typing import Any
 from ridgewalk.api.backend import ServedModel
 from ridgewalk.api.chat_template import ChatTemplate, ChatTemplateError
 from ridgewalk.api.tokenizer import Tokenizer
+from ridgewalk.routing.latency_slo import NO_SLO, LatencySlo
 
 _SAMPLING_KEYS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 _TOKEN_KEYS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
@@ -27,12 +28,13 @@ def load_served_model(
     chat_template: str | None = None,
     default_sampling: dict[str, float] | None = None,
     created: int | None = None,
+    slo: LatencySlo = NO_SLO,
 ) -> ServedModel:
     """Read the folder's tokenizer, its chat template, ``generation_config.json`` and ``config.json``.
 
     ``max_model_len``: None takes the model's own (``max_position_embeddings``). ``chat_template``: the source of one to
     use instead of the folder's. ``default_sampling``: overrides generation_config.json's. ``created``: unix seconds,
-    now if None. Raises `ModelFolderError`.
+    now if None. ``slo``: of requests that ask for none. Raises `ModelFolderError`.
     """
     folder = Path(folder)
     config = _read_json(folder / "config.json", required=True)
@@ -61,6 +63,7 @@ def load_served_model(
         eos_token_ids=_eos_token_ids(config, generation_config, special_tokens, tokenizer),
         default_sampling=_default_sampling(generation_config) | (default_sampling or {}),
         created=int(time.time()) if created is None else created,
+        slo=slo,
     )
 
 

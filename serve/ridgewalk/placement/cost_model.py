@@ -128,8 +128,8 @@ class CostModel:
             all_reduce = (2 * stage.num_layers - gathered) * one
             all_reduce += gathered * all_gather_s(hardware, mesh.tp, hidden_bytes)
         if self._ep > 1 and self.spec.moe:
-            copies = min(self.spec.moe.top_k, self._ep)  # a token is sent once to each rank that has experts of its
-            one = all_to_all_s(hardware, self._ep, hidden_bytes / mesh.tp * copies)
+            # A token is sent once for each of its experts, as `model.dispatch` does, even where they share a rank.
+            one = all_to_all_s(hardware, self._ep, hidden_bytes / mesh.tp * self.spec.moe.top_k)
             dispatch = 2 * stage.num_sparse * one
         send = hardware.stage_overhead_s if mesh.pp > 1 else 0.0
         ranks = hardware.ranks_overhead_s if mesh.world_size > 1 else 0.0

@@ -17,19 +17,12 @@ from ridgewalk.placement.mesh_fit import mesh_problem
 from ridgewalk.placement.model_spec import ModelSpec
 from ridgewalk.planning.shape import Placement, enumerate_placements
 from ridgewalk.planning.simulator import Outcome, Scene, memory_of, outcome_at_best, shared, simulate
+from ridgewalk.routing.latency_slo import NO_SLO, LatencySlo
 
 Objective = Literal["throughput", "goodput"]
 
 SMALL_LOAD = 200_000
 """Tokens to generate, below which all placements are simulated before another process would have started."""
-
-
-@dataclass(frozen=True)
-class Limits:
-    """Of a good request, in seconds."""
-
-    ttft_s: float = float("inf")
-    tpot_s: float = float("inf")
 
 
 @dataclass(frozen=True)
@@ -112,14 +105,17 @@ def _has_stages(placement: Placement) -> bool:
     return any(shape.mesh.pp > 1 for shape in placement.shapes)
 
 
-def rank(candidates: Sequence[Candidate], objective: Objective, limits: Limits) -> list[Candidate]:
-    """Best first; those that cannot be loaded last. Of equals, the one that was given first."""
+def rank(candidates: Sequence[Candidate], objective: Objective, slo: LatencySlo = NO_SLO) -> list[Candidate]:
+    """Best first; those that cannot be loaded last. Of equals, the one that was given first.
+
+    ``slo``: what goodput counts by.
+    """
 
     def score(candidate: Candidate) -> tuple[bool, float, float]:
         outcome = candidate.outcome
         if outcome is None:
             return (True, 0.0, 0.0)
-        good = outcome.goodput_per_s(limits.ttft_s, limits.tpot_s) if objective == "goodput" else 0.0
+        good = outcome.goodput_per_s(slo) if objective == "goodput" else 0.0
         return (False, -good, -outcome.throughput_tokens_per_s)
 
     return sorted(candidates, key=score)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -9,9 +10,8 @@ import yaml
 from rich.table import Table
 
 from ridgewalk.planning.planner import Candidate
-from ridgewalk.planning.policy import Policy
 from ridgewalk.planning.shape import Placement, Shape
-from ridgewalk.planning.simulator import Outcome
+from ridgewalk.planning.simulator import Outcome, Scene
 from ridgewalk.planning.verdict import TERMS, reason, shares
 
 
@@ -64,16 +64,16 @@ def as_account(candidate: Candidate, outcome: Outcome) -> Table:
     return table
 
 
-def as_configuration(
-    placement: Placement, model: str, policy: Policy, max_model_len: int, device: Literal["cuda", "cpu"]
-) -> str:
+def as_configuration(placement: Placement, model: str, scene: Scene, device: Literal["cuda", "cpu"]) -> str:
     """YAML that `ridgewalk serve -c` takes."""
+    limits = {"slo_ttft_ms": scene.slo.ttft_s * 1e3, "slo_tpot_ms": scene.slo.tpot_s * 1e3}
     gpus = 1.0 if device == "cuda" else 0.0
     described = {
         "model": model,
-        "max_model_len": max_model_len,
-        "max_num_seqs": policy.max_num_seqs,
-        "max_num_batched_tokens": policy.max_num_batched_tokens,
+        "max_model_len": scene.max_model_len,
+        "max_num_seqs": scene.policy.max_num_seqs,
+        "max_num_batched_tokens": scene.policy.max_num_batched_tokens,
+        **{name: limit for name, limit in limits.items() if math.isfinite(limit)},
         "placements": [{**shape_fields(shape), "gpus_per_rank": gpus} for shape in placement.shapes],
     }
     return yaml.safe_dump({"models": [described]}, sort_keys=False)

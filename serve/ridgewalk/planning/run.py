@@ -16,12 +16,13 @@ from ridgewalk.placement.data_files import shipped_names, shipped_path
 from ridgewalk.placement.hardware import HardwareError, HardwareSpec, find_hardware
 from ridgewalk.placement.model_spec import ModelSpec, UnsupportedModelError
 from ridgewalk.planning.load import make_load
-from ridgewalk.planning.planner import Candidate, Limits, Objective, all_placements, dtype_problem, evaluate, rank
+from ridgewalk.planning.planner import Candidate, Objective, all_placements, dtype_problem, evaluate, rank
 from ridgewalk.planning.policy import POLICIES
 from ridgewalk.planning.report import as_account, as_configuration, as_data, as_table
 from ridgewalk.planning.shape import Placement, ShapeError, parse_placement
 from ridgewalk.planning.simulator import Scene
 from ridgewalk.planning.verdict import reason
+from ridgewalk.routing.latency_slo import NO_SLO, LatencySlo
 from ridgewalk.zoo import list_zoo
 
 
@@ -45,10 +46,10 @@ def run_plan(
     """See `ridgewalk.planning.command.plan`. Raises ConfigError."""
     if policy not in POLICIES:
         raise ConfigError(f"--policy: there is no policy {policy!r}; there are {', '.join(POLICIES)}")
-    goal, limits = _objective(objective, ttft, tpot)
+    goal, slo = _objective(objective, ttft, tpot)
     spec, served_name = _model(model)
     devices = _hardware(hardware, spec)
-    scene = Scene(spec, devices, POLICIES[policy], make_load(workload, requests, rate, seed, served_name))
+    scene = Scene(spec, devices, POLICIES[policy], make_load(workload, requests, rate, seed, served_name), slo)
     if scene.max_model_len > spec.max_position_embeddings:
         raise ConfigError(
             f"--workload: {workload} has requests of up to {scene.max_model_len:,} tokens, and the context of {model} "
@@ -64,7 +65,7 @@ def run_plan(
 
         check_plot(plot)
     asked_about = None if only is not None or goal != "throughput" else {explain or ""}
-    ranked = rank(evaluate(scene, placements, asked_about), goal, limits)
+    ranked = rank(evaluate(scene, placements, asked_about), goal, slo)
     if as_json:
         typer.echo(json.dumps(as_data(ranked), indent=1))
     else:
@@ -90,21 +91,21 @@ def run_plan(
         )
 
 
-def _objective(objective: str, ttft: str | None, tpot: str | None) -> tuple[Objective, Limits]:
+def _objective(objective: str, ttft: str | None, tpot: str | None) -> tuple[Objective, LatencySlo]:
     first, further = parse_duration_ms("--ttft", ttft), parse_duration_ms("--tpot", tpot)
     stated = [flag for flag, value in (("--ttft", first), ("--tpot", further)) if value is not None]
     if objective == "goodput":
         if not stated:
             raise ConfigError("--objective: goodput needs a limit; add --ttft 2s, --tpot 50ms or both")
         infinite = float("inf")
-        return "goodput", Limits(
+        return "goodput", LatencySlo(
             infinite if first is None else first / 1e3, infinite if further is None else further / 1e3
         )
     if objective != "throughput":
         raise ConfigError(f"--objective: there is no objective {objective!r}; there are throughput and goodput")
     if stated:
         raise ConfigError(f"{stated[0]}: a limit counts with --objective goodput only")
-    return "throughput", Limits()
+    return "throughput", NO_SLO
 
 
 def _model(model: str) -> tuple[ModelSpec, str]:
@@ -164,6 +165,6 @@ def _emit(best: Candidate, model: str, scene: Scene, path: Path) -> None:
         model = str(Path(model).expanduser().absolute())
     device = scene.hardware.device
     try:
-        path.write_text(as_configuration(best.placement, model, scene.policy, scene.max_model_len, device))
+        path.write_text(as_configuration(best.placement, model, scene, device))
     except OSError as error:
         raise ConfigError(f"--emit: {path} cannot be written: {error.strerror}") from None

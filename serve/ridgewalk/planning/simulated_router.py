@@ -10,6 +10,7 @@ from ridgewalk.engine.request import FinishReason, Request
 from ridgewalk.engine.scheduler import AttentionGroup
 from ridgewalk.engine.step_meter import StepMeter
 from ridgewalk.planning.replica_simulation import ReplicaSimulation
+from ridgewalk.routing.latency_slo import NO_SLO, LatencySlo
 from ridgewalk.routing.open_sequence import NewSequence, OpenSequence
 from ridgewalk.routing.policy import RoutingPolicy
 from ridgewalk.routing.replica_load import GroupKV, ReplicaLoad
@@ -42,8 +43,10 @@ class _Report:
 class SimulatedRouter:
     """One ingress with a `RoutingPolicy`. It hears of queues and of ends at once, of all else every so often."""
 
-    def __init__(self, policy: RoutingPolicy, replicas: Sequence[ReplicaSimulation]) -> None:
+    def __init__(self, policy: RoutingPolicy, replicas: Sequence[ReplicaSimulation], slo: LatencySlo = NO_SLO) -> None:
+        """``slo``: what every request asks for."""
         self._policy = policy
+        self._slo = slo
         self._replicas = {str(index): replica for index, replica in enumerate(replicas)}
         for replica in replicas:
             replica.meter = StepMeter(replica.config.block_size)
@@ -60,7 +63,7 @@ class SimulatedRouter:
             self._hear(now_s)
         loads = [self._load(replica_id, now_s) for replica_id in self._replicas]
         sampling = next(iter(self._replicas.values())).sampling(effort)
-        new = NewSequence.of(sampling, prompt_length)
+        new = NewSequence.of(sampling, prompt_length, slo=self._slo)
         decision = self._policy.choose([new], loads, now_s)
         assert decision is not None, "a placement has at least one replica"
         self._open[seq_id] = OpenSequence(new, decision.replica_id, now_s, 0)
@@ -74,7 +77,7 @@ class SimulatedRouter:
             if steps is not None:
                 self._policy.on_steps(replica_id, replica.cost.mesh.name, steps)
             for request in replica.requests:
-                self._open[request.seq_id].num_output_tokens = request.num_output_tokens
+                self._open[request.seq_id].on_tokens(request.num_output_tokens, now_s)
 
     def _end(self, request: Request) -> None:
         sequence = self._open.pop(request.seq_id)

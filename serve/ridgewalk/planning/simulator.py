@@ -16,6 +16,7 @@ from ridgewalk.planning.policy import Policy
 from ridgewalk.planning.replica_simulation import ReplicaSimulation, RequestLog
 from ridgewalk.planning.shape import Placement, Shape
 from ridgewalk.planning.simulated_router import SimulatedRouter, VllmBalancer
+from ridgewalk.routing.latency_slo import NO_SLO, LatencySlo
 from ridgewalk.routing.policy import make_policy
 
 BLOCK_SIZE = 16
@@ -59,9 +60,9 @@ class Outcome:
         times = [log.tpot_s for log in self.logs if log.tpot_s is not None]
         return median(times) if times else 0.0
 
-    def goodput_per_s(self, ttft_s: float, tpot_s: float) -> float:
+    def goodput_per_s(self, slo: LatencySlo) -> float:
         """Requests a second that kept both limits."""
-        good = sum(log.ttft_s <= ttft_s and (log.tpot_s or 0.0) <= tpot_s for log in self.logs)
+        good = sum(log.ttft_s <= slo.ttft_s and (log.tpot_s or 0.0) <= slo.tpot_s for log in self.logs)
         return good / self.makespan_s
 
 
@@ -73,6 +74,7 @@ class Scene:
     hardware: HardwareSpec
     policy: Policy
     arrivals: tuple[Arrival, ...]  # by time
+    slo: LatencySlo = NO_SLO  # what every request asks for
 
     @property
     def max_model_len(self) -> int:
@@ -150,7 +152,7 @@ def simulate(scene: Scene, placement: Placement) -> Outcome:
 def _router(scene: Scene, replicas: Sequence[ReplicaSimulation]) -> SimulatedRouter | VllmBalancer:
     if scene.policy.routing is None:
         return VllmBalancer(replicas)
-    return SimulatedRouter(make_policy(scene.policy.routing, scene.max_model_len), replicas)
+    return SimulatedRouter(make_policy(scene.policy.routing, scene.max_model_len), replicas, scene.slo)
 
 
 def outcome_at_best(scene: Scene, placement: Placement) -> Outcome:

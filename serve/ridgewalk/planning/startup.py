@@ -10,7 +10,7 @@ from ridgewalk.config import ConfigError, ModelConfig, PlacementConfig, ServeCon
 from ridgewalk.model_source import find_model
 from ridgewalk.placement.hardware import THIS_MACHINE, HardwareError, HardwareSpec, find_hardware
 from ridgewalk.placement.model_spec import ModelSpec
-from ridgewalk.planning.planner import Candidate, Limits, all_placements, dtype_problem, evaluate, rank
+from ridgewalk.planning.planner import Candidate, all_placements, dtype_problem, evaluate, rank
 from ridgewalk.planning.policy import POLICIES
 from ridgewalk.planning.report import shape_fields
 from ridgewalk.planning.simulator import Arrival, Scene
@@ -90,7 +90,7 @@ def _plan(
             f"models: the listed placements take {config.num_ranks} of {hardware.num_devices} devices, which leaves "
             f"none for {model.served_name}; state its placements"
         )
-    ranked = rank(evaluate(scene, all_placements(hardware, num_devices, scene.spec), needed=()), "throughput", Limits())
+    ranked = rank(evaluate(scene, all_placements(hardware, num_devices, scene.spec), needed=()), "throughput")
     best = ranked[0]
     if best.outcome is None:
         raise ConfigError(f"models: no placement of {model.served_name} fits; {best.placement.name}: {best.problem}")

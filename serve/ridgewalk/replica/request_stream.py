@@ -52,7 +52,7 @@ class _SequenceState:
         """As the router sees it."""
         sequence = self.sequence
         prompt_length = len(sequence.prompt_token_ids)
-        return NewSequence.of(sequence.sampling, prompt_length, len(self.token_ids), self.prefix)
+        return NewSequence.of(sequence.sampling, prompt_length, len(self.token_ids), self.prefix, sequence.slo)
 
     @property
     def settled(self) -> bool:
@@ -131,7 +131,7 @@ class RequestStream:
             logprobs = None if chunk.logprobs is None else chunk.logprobs[have - chunk.offset :]
             state.token_ids += new
             if state.routed is not None:
-                state.routed.num_output_tokens = len(state.token_ids)
+                state.routed.on_tokens(len(state.token_ids), self._event_loop.time())
             self._tell(TokenEvent(chunk.index, new, logprobs, chunk.num_cached_tokens))
         self._settle(chunk.index)
 

@@ -13,6 +13,11 @@ placement's `StepPace`, synchronization included, as measured on all its replica
 request's class (`OutputLengths`, learned from what ended here). One more sequence makes each step longer by its own
 terms of the pace, and for as many steps as both are there.
 
+A request may ask for a pace (`LatencySlo`). Of the replicas with room those come first where the fewest requests are
+expected to miss theirs for it: the request itself, by the predicted time to its first token and step time, and those
+that would then miss, and would not have without it, the mean time per token that they ask for, tokens that they have
+included. Cost decides between equals, so that among requests which ask for nothing nothing changes.
+
 A replica has room when a seat is free and the predicted peak of KV use of some attention group, what was sent since
 the report included, leaves place for the request at its expected end. Those without room take nothing while another
 has some. When none has any, the wait for it is part of the cost.
@@ -28,6 +33,7 @@ import numpy as np
 from ridgewalk.engine.output_lengths import Array
 from ridgewalk.engine.step_meter import StepMeans
 from ridgewalk.routing.decision import RoutingDecision, RoutingReason
+from ridgewalk.routing.latency_slo import LatencySlo
 from ridgewalk.routing.least_loaded import least_loaded
 from ridgewalk.routing.length_forecast import LengthForecast
 from ridgewalk.routing.open_sequence import NewSequence, OpenSequence
@@ -50,6 +56,7 @@ class _Growth:
     prompt_tokens: float  # of one sequence; resumed tokens are computed like a prompt
     output_tokens: float  # of one, expected
     output_square: float
+    slo: LatencySlo
 
     @property
     def final_tokens(self) -> float:
@@ -68,6 +75,16 @@ class _Open:
     prefill_tokens: float = 0.0  # of a step, lately
     pending_tokens: float = 0.0  # that those which have no output yet will have at their end
     num_pending: int = 0
+    tpot_limit: Array = field(default_factory=lambda: np.zeros(0))  # asked for; infinite: nothing
+    further_tokens: Array = field(default_factory=lambda: np.zeros(0))  # after the first, written here
+    further_s: Array = field(default_factory=lambda: np.zeros(0))  # which they took
+
+    def num_late(self, step_s: float, held_up_s: float = 0.0) -> int:
+        """Sequences that miss the TPOT they ask for, if steps take so long."""
+        if not np.isfinite(self.tpot_limit).any():
+            return 0
+        seconds = self.further_s + held_up_s + self.remaining * step_s
+        return int(np.sum(seconds > self.tpot_limit * (self.further_tokens + self.remaining)))
 
 
 @dataclass(frozen=True)
@@ -76,8 +93,14 @@ class _Option:
 
     load: ReplicaLoad
     has_room: bool
+    num_late: int  # requests that would miss, for this one, what they ask for; itself included
     cost: float
     cost_uncached: float  # if nothing of the prompt were cached
+
+    @property
+    def rank(self) -> tuple[int, float, int]:
+        """The least is the best."""
+        return self.num_late, self.cost, self.load.num_sequences
 
 
 class KvGrowth:
@@ -127,6 +150,9 @@ class KvGrowth:
         remaining = self._lengths.of_new(sequence.new).mean
         there.remaining = np.append(there.remaining, remaining)
         there.sent_at = np.append(there.sent_at, sequence.sent_at)
+        there.tpot_limit = np.append(there.tpot_limit, sequence.new.slo.tpot_s)
+        there.further_tokens = np.append(there.further_tokens, 0.0)
+        there.further_s = np.append(there.further_s, 0.0)
         there.pending_tokens += sequence.new.num_prompt_tokens + sequence.new.num_resumed_tokens + remaining
         there.num_pending += 1
         self._prefixes.note(sequence.new.prefix, sequence.replica_id)
@@ -154,10 +180,15 @@ class KvGrowth:
             sequences = list(there.sequences)
             there.remaining = self._lengths.of_open(sequences)
             there.sent_at = np.array([each.sent_at for each in sequences])
+            there.tpot_limit = np.array([each.new.slo.tpot_s for each in sequences])
+            there.further_tokens = np.array([max(each.num_written - 1.0, 0.0) for each in sequences])
+            there.further_s = np.array(
+                [0.0 if each.first_token_at is None else now - each.first_token_at for each in sequences]
+            )
             pending = [
                 each.new.num_prompt_tokens + each.num_output_tokens + left
                 for each, left in zip(sequences, there.remaining, strict=True)
-                if each.num_output_tokens == each.new.num_resumed_tokens
+                if each.num_written == 0
             ]
             there.pending_tokens, there.num_pending = float(sum(pending)), len(pending)
 
@@ -169,6 +200,8 @@ class KvGrowth:
             sum(new.num_prompt_tokens + new.num_resumed_tokens for new in request) / count,
             sum(each.mean for each in remaining) / count,
             sum(each.square for each in remaining) / count,
+            # Who had tokens elsewhere has had its first.
+            request[0].slo if request[0].num_resumed_tokens == 0 else LatencySlo(tpot_s=request[0].slo.tpot_s),
         )
 
     def _rate(self, growth: _Growth, load: ReplicaLoad, pace: StepPace, cached: int, now: float) -> _Option:
@@ -183,11 +216,18 @@ class KvGrowth:
         prefill_s = pace.prefill_token_s * there.prefill_tokens  # of others, as it has been
         step_s = pace.step_s(min(load.num_sequences, load.num_seats), used) + prefill_s + growth.count * per_step
         wait_s = 0.0 if has_room else _wait_s(growth, load, pending, each, max(excess, 0.0), step_s)
+        own_prefill_s, uncached_s = (
+            pace.prefill_token_s * tokens for tokens in (max(growth.prompt_tokens - cached, 1.0), growth.prompt_tokens)
+        )
         costs = [
-            self._cost(growth, load, there, wait_s, pace.prefill_token_s * tokens, step_s, per_step, now)
-            for tokens in (max(growth.prompt_tokens - cached, 1.0), growth.prompt_tokens)
+            self._cost(growth, load, there, wait_s, seconds, step_s, per_step, now)
+            for seconds in (own_prefill_s, uncached_s)
         ]
-        return _Option(load, has_room, *costs)
+        first_s = wait_s + growth.count * own_prefill_s + step_s
+        is_late = first_s > growth.slo.ttft_s or step_s > growth.slo.tpot_s
+        late_before = there.num_late(step_s - growth.count * per_step)
+        late_after = there.num_late(step_s, growth.count * own_prefill_s)
+        return _Option(load, has_room, growth.count * is_late + late_after - late_before, *costs)
 
     def _cost(
         self, growth: _Growth, load: ReplicaLoad, there: _Open, wait_s: float, prefill_s: float, step_s: float,
@@ -232,12 +272,14 @@ def _wait_s(
 
 def _decide(options: Sequence[_Option]) -> RoutingDecision:
     with_room = [option for option in options if option.has_room]
-    best = min(with_room or options, key=lambda option: (option.cost, option.load.num_sequences))
+    best = min(with_room or options, key=lambda option: option.rank)
     replica_id = best.load.replica_id
     if not with_room:
         return RoutingDecision(replica_id, RoutingReason.ALL_FULL)
-    if any(not option.has_room and option.cost < best.cost for option in options):
+    if any(not option.has_room and option.rank < best.rank for option in options):
         return RoutingDecision(replica_id, RoutingReason.KV_CLIFF)
+    if any(option.cost < best.cost for option in with_room):
+        return RoutingDecision(replica_id, RoutingReason.LATENCY_SLO)
     if any(option.cost_uncached < best.cost_uncached for option in with_room):
         return RoutingDecision(replica_id, RoutingReason.CACHED_PREFIX)
     others = [option for option in options if option.load.shape != best.load.shape]

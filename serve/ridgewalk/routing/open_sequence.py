@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from ridgewalk.engine.output_lengths import LengthClass, class_of
 from ridgewalk.engine.sampling import SamplingParams
+from ridgewalk.routing.latency_slo import NO_SLO, LatencySlo
 
 
 @dataclass(frozen=True)
@@ -18,22 +19,40 @@ class NewSequence:
     may_stop: bool = True  # before ``max_tokens``
     num_resumed_tokens: int = 0  # output that it has had elsewhere
     prefix: tuple[int, ...] = ()  # chained hashes of its prompt's blocks, see `prefix_index`
+    slo: LatencySlo = NO_SLO
 
     @classmethod
     def of(
-        cls, sampling: SamplingParams, num_prompt_tokens: int, num_resumed_tokens: int = 0, prefix: tuple[int, ...] = ()
+        cls,
+        sampling: SamplingParams,
+        num_prompt_tokens: int,
+        num_resumed_tokens: int = 0,
+        prefix: tuple[int, ...] = (),
+        slo: LatencySlo = NO_SLO,
     ) -> NewSequence:
         """What ``sampling`` asks with a prompt so long."""
         kind = class_of(sampling, num_prompt_tokens)
         may_stop = bool(sampling.stop_token_ids)
-        return cls(kind, num_prompt_tokens, sampling.max_tokens, may_stop, num_resumed_tokens, prefix)
+        return cls(kind, num_prompt_tokens, sampling.max_tokens, may_stop, num_resumed_tokens, prefix, slo)
 
 
 @dataclass(eq=False)
 class OpenSequence:
-    """One that was sent. Whoever follows its tokens keeps ``num_output_tokens`` up to date."""
+    """One that was sent. Whoever follows its tokens tells of them with `on_tokens`."""
 
     new: NewSequence
     replica_id: str
     sent_at: float  # seconds
     num_output_tokens: int  # resumed ones included
+    first_token_at: float | None = None  # seconds; None before a token came from this replica
+
+    @property
+    def num_written(self) -> int:
+        """Tokens that came from this replica."""
+        return self.num_output_tokens - self.new.num_resumed_tokens
+
+    def on_tokens(self, num_output_tokens: int, now: float) -> None:
+        """It has so many by now."""
+        self.num_output_tokens = num_output_tokens
+        if self.first_token_at is None and self.num_written > 0:
+            self.first_token_at = now
