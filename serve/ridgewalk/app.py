@@ -28,6 +28,7 @@ from ridgewalk.config import (
     load_config,
     parse_config,
 )
+from ridgewalk.engine.scheduler_config import Device
 from ridgewalk.model_source import find_model
 from ridgewalk.placement.expert_load import read_expert_load, read_recorded
 from ridgewalk.placement.expert_map import balanced_expert_map, imbalance, uniform_expert_map
@@ -253,6 +254,8 @@ def _resolve_placement(
     mesh = placement.mesh
     validate_mesh(spec, mesh, placement.num_redundant_experts)
     expert_map, expert_imbalance = _place_experts(spec, placement)
+    device: Device = "cuda" if placement.gpus_per_rank > 0 else "cpu"
+    limits = model.engine_limits(device)
     record = placement.record_expert_load
     if record is not None and spec.moe is not None:
         _check_record(record, name, spec.moe, is_this_machines=host.memory is not None)
@@ -270,15 +273,15 @@ def _resolve_placement(
         expert_imbalance=expert_imbalance,
         record_expert_load=None if record is None else str(record),
         max_model_len=max_model_len,
-        max_num_seqs=model.max_num_seqs,
-        max_num_batched_tokens=model.max_num_batched_tokens,
+        max_num_seqs=limits.max_num_seqs,
+        max_num_batched_tokens=limits.max_num_batched_tokens,
         block_size=model.block_size,
         enable_prefix_caching=model.enable_prefix_caching,
         admission=model.admission,
         max_waiting=max(1, model.max_waiting // num_replicas),
         memory=placement.memory,
         num_blocks=placement.num_blocks,
-        device="cuda" if placement.gpus_per_rank > 0 else "cpu",
+        device=device,
         cpus_per_rank=placement.cpus_per_rank,
         gpus_per_rank=placement.gpus_per_rank,
         threads_per_rank=placement.threads_per_rank,

@@ -122,11 +122,19 @@ def serve(
         int | None, typer.Option(rich_help_panel=ENGINE, help="Prompt + output tokens of a request.")
     ] = None,
     max_num_seqs: Annotated[
-        int, typer.Option(rich_help_panel=ENGINE, help="Sequences computed at once, per attention group.")
-    ] = 256,
+        int | None,
+        typer.Option(
+            rich_help_panel=ENGINE,
+            help="Sequences computed at once, per attention group. Default: 1024 on GPUs, 256 on CPUs.",
+        ),
+    ] = None,
     max_num_batched_tokens: Annotated[
-        int, typer.Option(rich_help_panel=ENGINE, help="Tokens computed in one step, per attention group.")
-    ] = 2048,
+        int | None,
+        typer.Option(
+            rich_help_panel=ENGINE,
+            help="Tokens computed in one step, per attention group. Default: 8192 on GPUs, 2048 on CPUs.",
+        ),
+    ] = None,
     block_size: Annotated[int, typer.Option(rich_help_panel=ENGINE, help="Tokens of a KV block.")] = 16,
     enable_prefix_caching: Annotated[
         bool,

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-from ridgewalk.engine.scheduler_config import AdmissionName
+from ridgewalk.engine.scheduler_config import DEFAULT_LIMITS, AdmissionName, Device, EngineLimits
 from ridgewalk.placement.mesh import Mesh, placement_name
 from ridgewalk.routing.decision import RoutingName
 from ridgewalk.routing.latency_slo import LatencySlo
@@ -124,8 +124,8 @@ class ModelConfig(_Strict):
     name: str = ""  # what clients call it; empty: `model` as given (a folder's own name)
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     max_model_len: int | None = Field(None, ge=2)  # None: what the model was made for
-    max_num_seqs: int = Field(256, ge=1)
-    max_num_batched_tokens: int = Field(2048, ge=1)
+    max_num_seqs: int | None = Field(None, ge=1)  # per attention group; None: 1,024 on GPUs, 256 on CPUs
+    max_num_batched_tokens: int | None = Field(None, ge=1)  # likewise; None: 8,192 on GPUs, 2,048 on CPUs
     block_size: int = Field(16, ge=1)
     enable_prefix_caching: bool = True
     admission: AdmissionName = "predictive"  # by the predicted peak of KV use, or by the prompt alone (prompt_only)
@@ -135,6 +135,13 @@ class ModelConfig(_Strict):
     max_waiting: int = Field(2048, ge=1)  # waiting sequences per model; beyond it requests get 429
     workload: str = "reasoning"  # what placements are planned for where none are listed
     placements: list[PlacementConfig] = []  # none: planned when the service starts
+
+    def engine_limits(self, device: Device) -> EngineLimits:
+        """``max_num_seqs`` and ``max_num_batched_tokens``, as stated or as the device has them."""
+        default = DEFAULT_LIMITS[device]
+        return EngineLimits(
+            self.max_num_seqs or default.max_num_seqs, self.max_num_batched_tokens or default.max_num_batched_tokens
+        )
 
     @property
     def slo(self) -> LatencySlo:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 
-from ridgewalk.engine.scheduler_config import AdmissionName
+from ridgewalk.engine.scheduler_config import DEFAULT_LIMITS, AdmissionName, Device
 from ridgewalk.routing.decision import RoutingName
 
 
@@ -22,6 +22,10 @@ class Policy:
     admission: AdmissionName = "prompt_only"
     routing: RoutingName | None = None  # None: vLLM's balancer
 
+    def on(self, device: Device) -> Policy:
+        """With the limits of the device, where they are our engine's own."""
+        return replace(self, **DEFAULT_LIMITS[device]._asdict()) if self.name == "ridgewalk" else self
+
 
 POLICIES: Mapping[str, Policy] = MappingProxyType(
     {
@@ -29,9 +33,16 @@ POLICIES: Mapping[str, Policy] = MappingProxyType(
         for policy in (
             # As vLLM v1 admits: whoever's prompt fits. All are its defaults on GPUs of this class.
             Policy("vllm", 1024, 8192, 0.9, host_overlaps=False),
-            # Our engine's defaults: a request begins when the predicted peak of KV use fits, and goes where it delays
-            # everybody least.
-            Policy("ridgewalk", 256, 8192, 0.9, host_overlaps=True, admission="predictive", routing="kv_growth"),
+            # Our engine's defaults on GPUs: a request begins when the predicted peak of KV use fits, and goes where it
+            # delays everybody least.
+            Policy(
+                "ridgewalk",
+                *DEFAULT_LIMITS["cuda"],
+                0.9,
+                host_overlaps=True,
+                admission="predictive",
+                routing="kv_growth",
+            ),
         )
     }
 )

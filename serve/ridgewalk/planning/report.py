@@ -13,16 +13,17 @@ from ridgewalk.planning.planner import Candidate
 from ridgewalk.planning.shape import Placement, Shape
 from ridgewalk.planning.simulator import Outcome, Scene
 from ridgewalk.planning.verdict import TERMS, reason, shares
+from ridgewalk.routing.latency_slo import NO_SLO, LatencySlo
 
 
-def as_data(ranked: Sequence[Candidate]) -> list[dict[str, Any]]:
-    """Plain data, best first; figures are null where a placement cannot be loaded."""
+def as_data(ranked: Sequence[Candidate], slo: LatencySlo = NO_SLO) -> list[dict[str, Any]]:
+    """Plain data, best first; figures are null where a placement cannot be loaded. ``slo``: see `reason`."""
     return [
         {
             "name": candidate.placement.name,
             "shapes": [shape_fields(shape) for shape in candidate.placement.shapes],
             "feasible": candidate.outcome is not None,
-            "reason": reason(candidate, ranked[0]),
+            "reason": reason(candidate, ranked[0], slo),
             **_figures(candidate.outcome),
         }
         for candidate in ranked

@@ -49,7 +49,8 @@ def run_plan(
     goal, slo = _objective(objective, ttft, tpot)
     spec, served_name = _model(model)
     devices = _hardware(hardware, spec)
-    scene = Scene(spec, devices, POLICIES[policy], make_load(workload, requests, rate, seed, served_name), slo)
+    arrivals = make_load(workload, requests, rate, seed, served_name)
+    scene = Scene(spec, devices, POLICIES[policy].on(devices.device), arrivals, slo)
     if scene.max_model_len > spec.max_position_embeddings:
         raise ConfigError(
             f"--workload: {workload} has requests of up to {scene.max_model_len:,} tokens, and the context of {model} "
@@ -67,7 +68,7 @@ def run_plan(
     asked_about = None if only is not None or goal != "throughput" else {explain or ""}
     ranked = rank(evaluate(scene, placements, asked_about), goal, slo)
     if as_json:
-        typer.echo(json.dumps(as_data(ranked), indent=1))
+        typer.echo(json.dumps(as_data(ranked, slo), indent=1))
     else:
         last_s = scene.arrivals[-1].time_s
         when = f"at {rate or len(scene.arrivals) / last_s:.3g} a second" if last_s else "at once"
@@ -76,7 +77,7 @@ def run_plan(
         console.print(as_table(ranked, title))
         for candidate in ranked:
             name = candidate.placement.name
-            console.print(f"{name}: {reason(candidate, ranked[0])}", markup=False, highlight=False)
+            console.print(f"{name}: {reason(candidate, ranked[0], slo)}", markup=False, highlight=False)
     if explain is not None:
         _explain(ranked, explain, Console(stderr=as_json))
     if plot is not None:

@@ -118,13 +118,7 @@ def _scene(model: ModelConfig, hardware: HardwareSpec) -> Scene:
     problem = dtype_problem(hardware, spec.dtype)
     if problem:
         raise ConfigError(f"hardware: for {model.served_name} it {problem}")
-    ours = POLICIES["ridgewalk"]
-    policy = replace(
-        ours,
-        max_num_seqs=model.max_num_seqs,
-        max_num_batched_tokens=model.max_num_batched_tokens,
-        admission=model.admission,
-    )
+    policy = replace(POLICIES["ridgewalk"], **model.engine_limits(hardware.device)._asdict(), admission=model.admission)
     return Scene(spec, hardware, policy, _load(model, spec, REQUESTS_PER_DEVICE * hardware.num_devices))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ridgewalk.planning.planner import Candidate
 from ridgewalk.planning.simulator import Outcome
+from ridgewalk.routing.latency_slo import NO_SLO, LatencySlo
 
 SYNCHRONIZATION = ("all_reduce", "dispatch_combine", "send", "ranks")
 NOTABLE = 0.05
@@ -30,20 +31,21 @@ def shares(outcome: Outcome) -> dict[str, float]:
     return {**spent, "idle": max(0.0, 1.0 - sum(spent.values()))}
 
 
-def reason(candidate: Candidate, best: Candidate) -> str:
-    """One sentence: what decided for it or against it."""
+def reason(candidate: Candidate, best: Candidate, slo: LatencySlo = NO_SLO) -> str:
+    """One sentence: what decided for it or against it. ``slo``: what was ranked by, if it was."""
     outcome = candidate.outcome
     if outcome is None or best.outcome is None:
         return f"cannot be loaded: {candidate.problem}"
+    kept = "" if slo == NO_SLO else f"{outcome.goodput_per_s(slo):.2f} requests a second within the limits; "
     if candidate is best:
-        return f"best: {_account(outcome)}"
+        return f"best: {kept}{_account(outcome)}"
     share = outcome.throughput_tokens_per_s / best.outcome.throughput_tokens_per_s
     if not candidate.simulated:
         return (
             f"at most {share:.0%} of the best's throughput, so it was not simulated (its figures are bounds): "
             f"synchronization cliff, a token takes {outcome.tpot_p50_s * 1e3:.1f} ms or more to cross the stages"
         )
-    return f"{share:.0%} of the best's throughput: {_complaint(outcome, best.outcome)}"
+    return f"{kept}{share:.0%} of the best's throughput: {_complaint(outcome, best.outcome)}"
 
 
 def _complaint(outcome: Outcome, best: Outcome) -> str:
