@@ -41,6 +41,14 @@ RECORDING = {"enable_expert_parallel": True, "record_expert_load": "/var/seen.js
         ({"models": [{"model": "x", "placements": [{"memory": "2 potatoes"}]}]}, "write it as 2GiB"),
         ({"models": [{"model": "x", "placements": [{"memory": 5, "num_blocks": 5}]}]}, "exclude each other"),
         ({"models": [{"model": "x", "dtype": "int8"}]}, r"models\[0\].dtype"),
+        (
+            {"models": [{"model": "x", "slo_tpot_ms": 20, "routing": "round_robin"}]},
+            "need routing kv_growth; round_robin heeds neither",
+        ),
+        (
+            {"models": [{"model": "x", "swap_space": "1GiB", "enable_prefix_caching": False}]},
+            "swap_space needs enable_prefix_caching",
+        ),
         ({"models": [{"model": "x", "slo_tpot_ms": 0}]}, r"models\[0\].slo_tpot_ms: .*greater than 0"),
         ({"models": [{"model": "x"}, {"model": "x"}]}, "two models are called 'x'"),
         ({"models": [{"model": "x", "placements": [{}, {}]}]}, "lists a placement twice"),
@@ -109,3 +117,10 @@ def test_a_file_that_is_missing_or_no_yaml_is_named(tmp_path: Path) -> None:
 def test_sizes(number: int, unit: tuple[str, int]) -> None:
     assert parse_size(f"{number}{unit[0]}") == number * unit[1]
     assert parse_size(f" {number} {unit[0]} ") == number * unit[1]
+
+
+def test_limits_of_a_step_follow_the_device_where_nobody_states_them() -> None:
+    model = parse_config({"models": [{"model": "x", "max_num_seqs": 7}]}).models[0]
+    assert model.engine_limits("cpu") == (7, 2048)
+    assert model.engine_limits("cuda") == (7, 8192)
+    assert parse_config({"models": [{"model": "x"}]}).models[0].engine_limits("cuda").max_num_seqs == 1024

@@ -62,6 +62,7 @@ WRONG = {
     "--block-size": "0",
     "--admission": "hopeful",
     "--routing": "nearest",
+    "--swap-space": "much",
     "--slo-ttft-ms": "0",
     "--slo-tpot-ms": "-1",
     "--max-waiting": "0",

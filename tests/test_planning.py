@@ -54,7 +54,8 @@ def test_the_mesh_of_a_sparse_model_reaches_the_ranks_whole(sparse: Path) -> Non
     assert (config.mesh.dp, config.mesh.pp, config.mesh.tp, config.mesh.expert_parallel) == (2, 2, 2, True)
     assert not config.tokens_broadcast  # a pipeline schedules nothing ahead
     assert describe_mesh(planned.engine) == "8 ranks: 2 stages x 2 attention groups x 2 tensor-parallel, experts over 4"
-    scheduler = planned.engine.scheduler_config(100)
+    assert planned.memory_plan is not None
+    scheduler = planned.engine.scheduler_config(planned.memory_plan)
     assert (scheduler.num_groups, scheduler.max_steps_in_flight, scheduler.schedule_ahead) == (2, 2, False)
     assert needed_cpus(configuration(sparse, **shape)) == 8 + 0.5 + 0.5
 

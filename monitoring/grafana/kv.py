@@ -137,10 +137,32 @@ KV = Board(
                 Panel(
                     "Recompute tax",
                     "Of all tokens computed over the last minute, those computed a second time after a preemption.",
-                    "The price of preemption. Lower `--max-num-seqs`, or give more KV.",
+                    "The price of preemption. Lower `--max-num-seqs`, give more KV, or keep on the host what preempted "
+                    "sequences had (`--swap-space`).",
                     SHARE,
                     (Query(f"ridgewalk:recompute_tax:ratio_rate1m{{{PLACEMENT}}}", "{{model_name}} {{placement}}"),),
                     limits=(0.01, 0.05),
+                ),
+                Panel(
+                    "KV blocks swapped",
+                    "Blocks of preempted sequences copied to the host when others needed their place, and copied back "
+                    "when the sequences returned. Nothing without `--swap-space`.",
+                    "Much more out than in: the space is full (raise `--swap-space`), or sequences return to another "
+                    "attention group, or are aborted while they wait.",
+                    count("blocks/s"),
+                    (
+                        Query(_rate("kv_blocks_swapped_out_total"), REPLICA + " out"),
+                        Query(_rate("kv_blocks_swapped_in_total"), REPLICA + " in"),
+                    ),
+                ),
+                Panel(
+                    "Swap space used",
+                    "Blocks on the host with what preempted sequences had that wait. Absent without `--swap-space`.",
+                    "At 100 % what was copied first is given up and will be recomputed: raise `--swap-space`.",
+                    SHARE,
+                    (Query(f"ridgewalk_kv_swap_usage_ratio{{{PLACEMENT}}}", REPLICA),),
+                    limits=(0.8, 0.95),
+                    maximum=1,
                 ),
                 Panel(
                     "Capacity trap",

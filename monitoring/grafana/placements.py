@@ -61,6 +61,7 @@ PLACEMENTS = Board(
                     "Decisions, by reason",
                     "Why the router chose as it did.",
                     "*pooled_kv*: the long found big groups; *fewer_ranks*: the short kept out of their way. "
+                    "*latency_slo*: the pace that requests ask for decided. "
                     "*kv_cliff* or *all_full* grow: KV runs out, add replicas. *least_loaded*: it has yet to learn.",
                     "reqps",
                     (

@@ -281,6 +281,7 @@ def _resolve_placement(
         max_waiting=max(1, model.max_waiting // num_replicas),
         memory=placement.memory,
         num_blocks=placement.num_blocks,
+        swap_space=model.swap_space or 0,
         device=device,
         cpus_per_rank=placement.cpus_per_rank,
         gpus_per_rank=placement.gpus_per_rank,
@@ -293,7 +294,7 @@ def _resolve_placement(
     available = host.memory if engine.device == "cpu" else None
     if available is not None or engine.memory is not None or engine.num_blocks is not None:
         plan = _size_cache(engine, spec, available)
-        engine.scheduler_config(plan.num_blocks)  # refuses limits that cannot work
+        engine.scheduler_config(plan)  # refuses limits that cannot work
     return PlannedPlacement(_deployment_name(name, placement.name), placement.num_replicas, engine, plan)
 
 

@@ -172,18 +172,25 @@ def serve(
             help="kv_growth: by how long each replica and request delay each other; least_loaded; round_robin.",
         ),
     ] = "kv_growth",
+    swap_space: Annotated[
+        str | None,
+        typer.Option(
+            rich_help_panel=ENGINE,
+            help="Host memory of a rank, e.g. 4GiB: what preempted requests had is kept there instead of recomputed.",
+        ),
+    ] = None,
     slo_ttft_ms: Annotated[
         float | None,
         typer.Option(
             rich_help_panel=ENGINE,
-            help="Time to first token that routing tries to keep, for requests without the header x-slo-ttft-ms.",
+            help="Time to first token that routing tries to keep, for requests without the header x-llm-d-slo-ttft-ms.",
         ),
     ] = None,
     slo_tpot_ms: Annotated[
         float | None,
         typer.Option(
             rich_help_panel=ENGINE,
-            help="Mean time per further token that it tries to keep, for requests without x-slo-tpot-ms.",
+            help="Mean time per further token that it tries to keep, for requests without x-llm-d-slo-tpot-ms.",
         ),
     ] = None,
     max_waiting: Annotated[

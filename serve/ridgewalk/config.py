@@ -15,7 +15,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from ridgewalk.engine.scheduler_config import DEFAULT_LIMITS, AdmissionName, Device, EngineLimits
 from ridgewalk.placement.mesh import Mesh, placement_name
 from ridgewalk.routing.decision import RoutingName
-from ridgewalk.routing.latency_slo import LatencySlo
+from ridgewalk.routing.latency_slo import NO_SLO, LatencySlo
 
 LONGEST_STREAM_S = 3600.0
 """Replicas drain, and HAProxy keeps the workers of before a reload, for at least so long."""
@@ -130,11 +130,20 @@ class ModelConfig(_Strict):
     enable_prefix_caching: bool = True
     admission: AdmissionName = "predictive"  # by the predicted peak of KV use, or by the prompt alone (prompt_only)
     routing: RoutingName = "kv_growth"  # which replica takes a request: see `ridgewalk.routing`
-    slo_ttft_ms: float | None = Field(None, gt=0, allow_inf_nan=False)  # of requests without x-slo-ttft-ms
-    slo_tpot_ms: float | None = Field(None, gt=0, allow_inf_nan=False)  # of requests without x-slo-tpot-ms
+    swap_space: Size | None = None  # host memory per rank: what preempted requests had is kept there, not recomputed
+    slo_ttft_ms: float | None = Field(None, gt=0, allow_inf_nan=False)  # of requests without x-llm-d-slo-ttft-ms
+    slo_tpot_ms: float | None = Field(None, gt=0, allow_inf_nan=False)  # of requests without x-llm-d-slo-tpot-ms
     max_waiting: int = Field(2048, ge=1)  # waiting sequences per model; beyond it requests get 429
     workload: str = "reasoning"  # what placements are planned for where none are listed
     placements: list[PlacementConfig] = []  # none: planned when the service starts
+
+    @model_validator(mode="after")
+    def _refuse_what_nothing_reads(self) -> ModelConfig:
+        if self.swap_space is not None and not self.enable_prefix_caching:
+            raise ValueError("swap_space needs enable_prefix_caching: blocks on the host are found by their content")
+        if self.slo != NO_SLO and self.routing != "kv_growth":
+            raise ValueError(f"slo_ttft_ms and slo_tpot_ms need routing kv_growth; {self.routing} heeds neither")
+        return self
 
     def engine_limits(self, device: Device) -> EngineLimits:
         """``max_num_seqs`` and ``max_num_batched_tokens``, as stated or as the device has them."""

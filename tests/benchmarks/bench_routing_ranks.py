@@ -20,7 +20,7 @@ from pathlib import Path
 
 import aiohttp
 
-from ridgewalk.api.slo_headers import TPOT_HEADER, TTFT_HEADER
+from ridgewalk.api.slo_headers import TPOT_HEADERS, TTFT_HEADERS
 from ridgewalk.load.percentile import percentile
 from ridgewalk.load.streaming_client import Answer, stream_completion
 from ridgewalk.routing.decision import RoutingName
@@ -80,7 +80,7 @@ def make_load(rate: float, short: int, requests: int, seed: int) -> list[Planned
 
 async def drive(url: str, model: str, eos: int, load: Sequence[Planned], mode: Mode) -> list[Done]:
     """Send each at its time; all that came after the warm-up."""
-    asking = {} if mode.ask_ms is None else {TTFT_HEADER: f"{TTFT_S * 1e3:g}", TPOT_HEADER: f"{mode.ask_ms:g}"}
+    asking = {} if mode.ask_ms is None else {TTFT_HEADERS[0]: f"{TTFT_S * 1e3:g}", TPOT_HEADERS[0]: f"{mode.ask_ms:g}"}
 
     async def one(session: aiohttp.ClientSession, planned: Planned) -> Done:
         await asyncio.sleep(planned.at_s)

@@ -10,6 +10,7 @@ import msgspec
 from ridgewalk.engine.step import (
     NO_TOKEN,
     PLACEHOLDER_TOKEN,
+    BlockCopy,
     GroupBatch,
     GroupOutput,
     NewSequence,
@@ -32,8 +33,11 @@ class FakeGroup:
         self.tokens: dict[int, list[int]] = {}
         self.blocks: dict[int, list[int]] = {}
         self.slots: dict[tuple[int, int], tuple[int, ...]] = {}
+        self.host: dict[tuple[int, int], tuple[int, ...]] = {}
 
     def execute(self, batch: GroupBatch) -> GroupOutput:
+        for copy in batch.copies:
+            self._copy(copy)
         for seq_id in batch.dropped_seq_ids:
             del self.tokens[seq_id], self.blocks[seq_id]
         for new in batch.new_sequences:
@@ -55,6 +59,13 @@ class FakeGroup:
                 sampled[row] = next_token(self.tokens[seq_id])
                 self._pending[seq_id] = sampled[row]
         return GroupOutput(sampled)
+
+    def _copy(self, copy: BlockCopy) -> None:
+        for offset in range(self.block_size):
+            if copy.to_host:
+                self.host[copy.host_block, offset] = self.slots[copy.block, offset]
+            else:
+                self.slots[copy.block, offset] = self.host[copy.host_block, offset]
 
     @property
     def _pending(self) -> dict[int, int]:

@@ -37,7 +37,7 @@ def test_awaited_blocks_are_evicted_last_until_nobody_awaits_them() -> None:
     for content in range(3):
         (block,) = pool.allocate(1) or []
         pool.publish(block, hash_block(b"", [content]))
-        pool.release([block], awaited=content < 2)
+        pool.release([block], awaited={hash_block(b"", [number]) for number in range(2)})
     pool.check_integrity()
     first, second, last = (pool.find(hash_block(b"", [content])) for content in range(3))
     assert pool.allocate(1) == [last]

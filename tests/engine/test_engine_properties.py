@@ -36,6 +36,7 @@ class EngineLife(RuleBasedStateMachine):
         num_stages=st.integers(1, 3),
         num_groups=st.integers(1, 3),
         caching=st.booleans(),
+        swap=st.sampled_from([0, 1, 3, 9]),
         admission=st.sampled_from(["prompt_only", "predictive"]),
     )
     def start(
@@ -49,6 +50,7 @@ class EngineLife(RuleBasedStateMachine):
         num_stages: int,
         num_groups: int,
         caching: bool,
+        swap: int,
         admission: AdmissionName,
     ) -> None:
         config = SchedulerConfig(
@@ -61,6 +63,7 @@ class EngineLife(RuleBasedStateMachine):
             schedule_ahead=schedule_ahead and num_stages == 1,
             num_groups=num_groups,
             enable_prefix_caching=caching,
+            num_swap_blocks=swap if caching else 0,
             admission=admission,
         )
         self.now = 0.0
@@ -102,6 +105,7 @@ class EngineLife(RuleBasedStateMachine):
     def blocks_add_up(self) -> None:
         for group in self.core.scheduler.groups:
             group.kv.pool.check_integrity()
+            group.kv.swap.check_integrity()
             held = Counter(block for request in group.running for block in request.block_ids)
             writable = Counter(
                 block
@@ -126,6 +130,7 @@ class EngineLife(RuleBasedStateMachine):
                 assert request.output_token_ids == expected_output(prompt, request.sampling.max_tokens)
         for group in self.core.scheduler.groups:
             assert group.kv.pool.num_used == 0
+            assert group.kv.swap.num_used == 0
             group.kv.pool.check_integrity()
 
 

@@ -40,6 +40,14 @@ def test_predicted_peaks_are_shares_of_each_groups_cache_and_absent_when_nobody_
     assert value(scrape(metrics), "kv_predicted_peak_ratio", group="0") is None
 
 
+def test_swap_space_is_shown_where_there_is_some() -> None:
+    metrics = make_metrics()
+    metrics.on_stats(make_stats(swap_blocks=8, used_swap_blocks=2))
+    assert value(scrape(metrics), "kv_swap_usage_ratio") == 0.25
+    metrics.on_stats(make_stats())
+    assert value(scrape(metrics), "kv_swap_usage_ratio") is None
+
+
 def test_an_idle_cache_wastes_nothing() -> None:
     metrics = make_metrics()
     metrics.on_stats(make_stats())
@@ -51,6 +59,8 @@ def test_an_idle_cache_wastes_nothing() -> None:
     [
         ("num_preemptions_total", "num_preemptions"),
         ("recomputed_tokens_total", "recomputed_tokens"),
+        ("kv_blocks_swapped_out_total", "swapped_out_blocks"),
+        ("kv_blocks_swapped_in_total", "swapped_in_blocks"),
         ("prefix_cache_queries_total", "prefix_cache_queries"),
         ("prefix_cache_hits_total", "prefix_cache_hits"),
         ("prompt_tokens_total", "prompt_tokens"),

@@ -109,9 +109,10 @@ def test_every_family_is_in_the_catalogue_with_its_kind_labels_and_help() -> Non
             if spec.kind == "counter":
                 assert sample.name == spec.name
     absent = set(known) - seen
-    # Throttled from the start, so the trap is not known; no peaks are configured.
+    # Throttled from the start, so the trap is not known; no peaks and no swap space are configured.
     assert absent == {
         "ridgewalk_capacity_trap", "ridgewalk_model_flops_utilization", "ridgewalk_model_bandwidth_utilization",
+        "ridgewalk_kv_swap_usage_ratio",
     }  # fmt: skip
 
 

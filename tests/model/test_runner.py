@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from ridgewalk.engine.step import NO_TOKEN, PLACEHOLDER_TOKEN, GroupBatch, NewSequence, StepInput
+from ridgewalk.engine.step import NO_TOKEN, PLACEHOLDER_TOKEN, BlockCopy, GroupBatch, NewSequence, StepInput
 from ridgewalk.kernels.block_scales import block_linear
 from ridgewalk.kernels.cuda_fp8 import scaled_linear
 from ridgewalk.model import decoder as decoder_module
@@ -254,6 +254,7 @@ def test_rows_that_do_not_sample_say_so(group):
         (GroupBatch([1], [0], [3], [[]], [NO_TOKEN], [True], [new_sequence()], []), "past the end of their block"),
         (GroupBatch([1], [0], [4], [[0]], [PLACEHOLDER_TOKEN], [True], [new_sequence()], []), "never sampled"),
         (GroupBatch([1], [0], [3], [[0]], [NO_TOKEN], [True], [new_sequence(), new_sequence()], []), "twice"),
+        (GroupBatch([], [], [], [], [], [], [], [], [BlockCopy(True, 0, 0)]), "given no swap space"),
     ],
 )
 def test_contradictions_are_named(group, batch, message):

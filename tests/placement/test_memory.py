@@ -25,6 +25,18 @@ def plan(spec=SMALL, mesh=None, budget=8 * GIB, max_num_seqs=64, max_model_len=4
     return plan_memory(spec, mesh or Mesh(), "bfloat16", budget, 16, 2048, max_num_seqs, max_model_len)
 
 
+def test_a_refusal_names_the_limits_of_a_step_where_a_smaller_one_would_do():
+    needed = plan(budget=400 * GIB, max_num_seqs=1024)
+    (stage,) = needed.stages
+    tight = stage.used_bytes(256) - stage.activation_bytes // 4  # 256 blocks are one sequence
+    with pytest.raises(
+        MemoryPlanError, match=r"lower --max-num-seqs or .*\(a step of 1,024 sequences and 2,048 tokens"
+    ):
+        plan(budget=tight, max_num_seqs=1024)
+    with pytest.raises(MemoryPlanError, match=r"--memory gives 2.15 GiB; raise --memory"):
+        plan(budget=tight - stage.activation_bytes // 2, max_num_seqs=1024)
+
+
 def test_parts_fill_the_budget_but_for_less_than_a_block():
     result = plan()
     used = result.weight_bytes + result.activation_bytes + result.kv_bytes

@@ -49,7 +49,7 @@ class FakeRank(threading.Thread):
         socket.setsockopt(zmq.IDENTITY, self.launch.identity)
         socket.connect(self.launch.endpoint)
         rank = self.launch.rank
-        self._send(socket, Hello(rank, 0, "127.0.0.1", 1000 + rank, 2**40, "here", self.multiplies_fp8))
+        self._send(socket, Hello(rank, 0, "127.0.0.1", 1000 + rank, 2**40, "here", self.multiplies_fp8, 2**40))
         decoder = msgspec.msgpack.Decoder(ToRank)
         while True:
             if socket.poll(1):

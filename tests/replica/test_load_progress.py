@@ -37,7 +37,7 @@ class ScriptedRanks:
             for socket, launch in zip((one, two), launches, strict=True):
                 socket.setsockopt(zmq.IDENTITY, launch.identity)
                 socket.connect(launch.endpoint)
-                socket.send(encode(Hello(launch.rank, 1, "127.0.0.1", 1, 2**30, "here", False)))
+                socket.send(encode(Hello(launch.rank, 1, "127.0.0.1", 1, 2**30, "here", False, 2**30)))
             for socket in (one, two):
                 socket.recv()  # Begin
             for read in (0, 40, 70):

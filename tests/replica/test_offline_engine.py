@@ -63,10 +63,18 @@ def assert_greedy(model: torch.nn.Module, request: Request) -> None:
 
 
 @pytest.mark.parametrize(
-    ("tp", "pp", "ahead"), [(1, 1, False), (2, 1, False), (2, 1, True), (4, 1, False), (1, 2, False), (2, 2, False)]
+    ("tp", "pp", "ahead", "swap"),
+    [
+        (1, 1, False, False),
+        (2, 1, False, False),
+        (2, 1, True, True),
+        (4, 1, False, False),
+        (1, 2, False, False),
+        (2, 2, False, True),
+    ],
 )
 def test_32_interleaved_requests_equal_transformers(
-    reference: tuple[Path, torch.nn.Module], tp: int, pp: int, ahead: bool
+    reference: tuple[Path, torch.nn.Module], tp: int, pp: int, ahead: bool, swap: bool
 ) -> None:
     """Budget and cache are so small that prompts are chunked, prefixes shared and requests preempted."""
     folder, model = reference
@@ -76,10 +84,13 @@ def test_32_interleaved_requests_equal_transformers(
         (shared if number % 3 else []) + [rng.randrange(131) for _ in range(rng.randint(1, 40))] for number in range(32)
     ]
     sampling = [SamplingParams(max_tokens=rng.randint(1, 24), temperature=0.0) for _ in prompts]
-    config = engine_config(folder, tp, pp=pp, schedule_ahead=ahead)
+    config = engine_config(folder, tp, pp=pp, schedule_ahead=ahead, swap_space=2**20 if swap else 0)
     with OfflineEngine(config, spawn=True) as engine:
         requests = engine.generate(prompts, sampling)
         counters = engine.core.scheduler.counters
+        assert (engine.core.scheduler.groups[0].kv.swap.num_copied_in > 0) == swap
+        if swap:  # the last block of each, and what is not a whole one
+            assert counters.recomputed_tokens <= counters.num_preemptions * 2 * config.block_size
         assert counters.num_preemptions > 0
         assert counters.prefix_cache_hits > 0
         assert engine.core.scheduler.groups[0].kv.pool.num_used == 0

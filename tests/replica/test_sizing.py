@@ -7,7 +7,14 @@ import pytest
 from ridgewalk.placement.memory import GIB, MemoryPlanError
 from ridgewalk.placement.model_spec import ModelSpec
 from ridgewalk.replica.engine_config import EngineConfig
-from ridgewalk.replica.sizing import CPU_SHARE, GPU_SHARE, RANK_PROCESS_BYTES, STATED_SHARE, size_cache
+from ridgewalk.replica.sizing import (
+    CPU_SHARE,
+    GPU_SHARE,
+    RANK_PROCESS_BYTES,
+    STATED_SHARE,
+    check_host_memory,
+    size_cache,
+)
 from tests.placement.hub_configs import DEEPSEEK_V2_LITE
 from tests.small_configs import SMALL_MOE
 
@@ -58,6 +65,27 @@ def test_stated_blocks_are_checked_on_every_stage():
 def test_stated_memory_over_what_there_is_is_refused():
     with pytest.raises(MemoryPlanError, match="lower --memory to"):
         size_cache(config(memory=40 * GIB, max_num_seqs=4096), SPEC, 64 * GIB)
+
+
+def test_swap_space_holds_as_many_blocks_on_every_stage():
+    plan = size_cache(config(num_blocks=1000, swap_space=GIB), SPEC, 80 * GIB)
+    largest = max(stage.kv_bytes_per_block for stage in plan.stages)
+    assert plan.num_swap_blocks == GIB // largest
+    assert config().scheduler_config(plan).num_swap_blocks == plan.num_swap_blocks
+    assert plan.describe_room() == f"16,000 tokens and {16 * plan.num_swap_blocks:,} swapped to the host"
+    assert size_cache(config(num_blocks=1000), SPEC, 80 * GIB).num_swap_blocks == 0
+
+
+def test_swap_space_that_holds_nothing_or_has_no_room_is_refused():
+    with pytest.raises(MemoryPlanError, match=r"swap_space of 4 bytes does not hold one KV block.*as 4GiB"):
+        size_cache(config(num_blocks=1000, swap_space=4), SPEC, 80 * GIB)
+    with pytest.raises(MemoryPlanError, match=r"swap_space 60.00 GiB .* of this host's memory; lower --swap-space"):
+        size_cache(config(num_blocks=1000, swap_space=60 * GIB), SPEC, 80 * GIB)
+    on_gpus = config(num_blocks=1000, swap_space=60 * GIB, device="cuda")
+    size_cache(on_gpus, SPEC, 80 * GIB)
+    check_host_memory(on_gpus, 256 * GIB, 2)
+    with pytest.raises(MemoryPlanError, match=r"a host of 100.00 GiB has for each of 2 ranks"):
+        check_host_memory(on_gpus, 100 * GIB, 2)
 
 
 def test_small_ranks_share_a_small_machine():

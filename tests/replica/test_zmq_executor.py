@@ -80,7 +80,7 @@ def test_an_engine_over_any_mesh_gives_every_request_its_tokens(
 ) -> None:
     config = engine_config(**mesh)
     executor = ZmqExecutor(config, SPEC, launcher)
-    core = EngineCore(config.scheduler_config(executor.num_blocks), executor, time.monotonic)
+    core = EngineCore(config.scheduler_config(executor.memory_plan), executor, time.monotonic)
     prompts = [[number % 3] * (1 + number % 9) for number in range(24)]
     requests = [
         core.add(str(number), 0, prompt, SamplingParams(max_tokens=12)) for number, prompt in enumerate(prompts)
@@ -108,7 +108,7 @@ def test_all_ranks_are_told_to_meet_at_the_first(launcher: FakeRankThreads) -> N
 def test_the_last_word_of_any_rank_ends_the_engine(rank: int, launcher: FakeRankThreads) -> None:
     config = engine_config(dp=2, tp=2, expert_parallel=True)
     executor = ZmqExecutor(config, SPEC, launcher)
-    core = EngineCore(config.scheduler_config(executor.num_blocks), executor, time.monotonic)
+    core = EngineCore(config.scheduler_config(executor.memory_plan), executor, time.monotonic)
     launcher.ranks[rank].fail_at = 3
     core.add("r", 0, [1, 2, 3], SamplingParams(max_tokens=20))
     with pytest.raises(ExecutorError, match=f"rank {rank} fell over"):

@@ -158,26 +158,3 @@ def test_a_service_that_is_stopped_while_it_starts_leaves_nothing_behind(start: 
     assert process.stdout.read().endswith("stopped\n")
     _, alive = psutil.wait_procs(family, timeout=0)
     assert [child for child in alive if child.status() != psutil.STATUS_ZOMBIE] == []
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["nonsense"], "neither a model of the zoo"),
-        ([], "name either a MODEL or a configuration file"),
-        ([MODEL, "-pp", "200"], "--pipeline-parallel-size"),
-        ([MODEL, "-dp", "2", "--enable-expert-parallel"], "is dense"),
-        ([MODEL, "--num-redundant-experts", "2"], "--num-redundant-experts needs --enable-expert-parallel"),
-        ([MODEL, "-tp", "3"], "--tensor-parallel-size"),
-        ([MODEL, "--memory", "1MiB"], "raise --memory"),
-        ([MODEL, "--max-model-len", "10000000"], "--max-model-len"),
-        ([MODEL, "--num-blocks", "2"], "--num-blocks"),
-        ([MODEL, "--port", "1", "--host", "203.0.113.1"], "choose another with --port"),
-    ],
-)
-def test_what_cannot_work_is_one_sentence_before_anything_starts(arguments: list[str], message: str) -> None:
-    done = subprocess.run([*COMMAND, *arguments], capture_output=True, text=True, timeout=60, check=False)
-    assert done.returncode == 2
-    assert message in done.stderr
-    assert "Traceback" not in done.stderr
-    assert "starting Ray" not in done.stdout

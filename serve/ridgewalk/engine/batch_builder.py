@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ridgewalk.engine.request import Request
-from ridgewalk.engine.step import NO_TOKEN, PLACEHOLDER_TOKEN, GroupBatch, NewSequence
+from ridgewalk.engine.step import NO_TOKEN, PLACEHOLDER_TOKEN, BlockCopy, GroupBatch, NewSequence
 
 
 class BatchBuilder:
@@ -21,9 +21,9 @@ class BatchBuilder:
         request.num_blocks_sent = 0
         request.num_tokens_sent = 0
 
-    def build(self, group: int, rows: list[tuple[Request, int]]) -> GroupBatch:
+    def build(self, group: int, rows: list[tuple[Request, int]], copies: list[BlockCopy]) -> GroupBatch:
         """The message for ``rows`` of (request, tokens to compute), before the requests are advanced."""
-        batch = GroupBatch([], [], [], [], [], [], [], self._dropped[group])
+        batch = GroupBatch([], [], [], [], [], [], [], self._dropped[group], copies)
         self._dropped[group] = []
         if self._counts_only:
             _add_counts(batch, rows)

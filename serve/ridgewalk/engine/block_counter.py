@@ -114,4 +114,4 @@ def make_kv_cache(config: SchedulerConfig) -> KVCacheManager:
     """The cache of one attention group; with ``counts_only`` one that counts."""
     if config.counts_only:
         return CountingKVCacheManager(config)
-    return KVCacheManager(config.num_blocks, config.block_size, config.enable_prefix_caching)
+    return KVCacheManager(config.num_blocks, config.block_size, config.enable_prefix_caching, config.num_swap_blocks)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 from array import array
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 
 
 def hash_block(parent: bytes, token_ids: Sequence[int]) -> bytes:
@@ -34,6 +34,7 @@ class BlockPool:
         self._ref_counts = [0] * num_blocks
         self._hash_of: dict[int, bytes] = {}
         self._block_of: dict[bytes, int] = {}
+        self.on_evicted: Callable[[int, bytes], None] | None = None  # told of each block whose content is given up
 
     @property
     def num_free(self) -> int:
@@ -81,10 +82,10 @@ class BlockPool:
                 del (self._awaited if block in self._awaited else self._cached)[block]
             self._ref_counts[block] += 1
 
-    def release(self, blocks: Sequence[int], awaited: bool = False) -> None:
+    def release(self, blocks: Sequence[int], awaited: Container[bytes] = ()) -> None:
         """Drop a reference. The last of ``blocks`` becomes the first to be evicted: a prefix outlives what follows.
 
-        ``awaited``: a request will look for them again, so they outlive those of which nobody knows that.
+        ``awaited``: contents that requests will look for again. They outlive those of which nobody knows that.
         """
         for block in reversed(blocks):
             count = self._ref_counts[block] - 1
@@ -92,8 +93,9 @@ class BlockPool:
                 raise RuntimeError(f"block {block} released more often than acquired")
             self._ref_counts[block] = count
             if count == 0:
-                if block in self._hash_of:
-                    (self._awaited if awaited else self._cached)[block] = None
+                block_hash = self._hash_of.get(block)
+                if block_hash is not None:
+                    (self._awaited if block_hash in awaited else self._cached)[block] = None
                 else:
                     self._free.append(block)
 
@@ -126,5 +128,8 @@ class BlockPool:
 
     def _evict(self) -> int:
         block, _ = (self._cached or self._awaited).popitem(last=False)
-        del self._block_of[self._hash_of.pop(block)]
+        block_hash = self._hash_of.pop(block)
+        del self._block_of[block_hash]
+        if self.on_evicted is not None:
+            self.on_evicted(block, block_hash)
         return block

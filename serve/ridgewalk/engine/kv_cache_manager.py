@@ -7,24 +7,43 @@ from dataclasses import dataclass
 
 from ridgewalk.engine.block_pool import BlockPool, hash_block
 from ridgewalk.engine.request import Request
+from ridgewalk.engine.swap_space import SwapSpace
+
+ON_HOST = -1
 
 
 @dataclass(frozen=True)
 class PrefixHit:
     """The longest cached prefix of a request."""
 
-    blocks: list[int]
+    blocks: list[int]  # `ON_HOST`: to be copied back into a block that is yet to be allocated
     num_tokens: int
     num_unreferenced: int  # of `blocks`, those that nobody uses: acquiring them shrinks what is available
+    num_on_host: int = 0
+
+    @property
+    def num_in_cache(self) -> int:
+        """Blocks that need no room."""
+        return len(self.blocks) - self.num_on_host
+
+    @property
+    def num_shared(self) -> int:
+        """Blocks that others use already."""
+        return self.num_in_cache - self.num_unreferenced
 
 
 class KVCacheManager:
     """Maps a request's tokens to blocks of a `BlockPool`. Block tables only ever grow until they are released."""
 
-    def __init__(self, num_blocks: int, block_size: int, enable_prefix_caching: bool = True) -> None:
+    def __init__(
+        self, num_blocks: int, block_size: int, enable_prefix_caching: bool = True, num_swap_blocks: int = 0
+    ) -> None:
         if block_size < 1:
             raise ValueError(f"block_size must be at least 1, got {block_size}")
         self.pool = BlockPool(num_blocks)
+        self.swap = SwapSpace(num_swap_blocks)
+        if num_swap_blocks:
+            self.pool.on_evicted = self.swap.on_evicted
         self.block_size = block_size
         self.enable_prefix_caching = enable_prefix_caching
 
@@ -39,27 +58,34 @@ class KVCacheManager:
             self._extend_hashes(request)
             for block_hash in request.block_hashes[: (request.num_tokens - 1) // self.block_size]:
                 block = self.pool.find(block_hash)
-                if block is None:
+                if block is None and not self.swap.holds(block_hash):
                     break
-                blocks.append(block)
-        unreferenced = sum(self.pool.is_unreferenced(block) for block in blocks)
-        return PrefixHit(blocks, len(blocks) * self.block_size, unreferenced)
+                blocks.append(ON_HOST if block is None else block)
+        unreferenced = sum(block != ON_HOST and self.pool.is_unreferenced(block) for block in blocks)
+        return PrefixHit(blocks, len(blocks) * self.block_size, unreferenced, blocks.count(ON_HOST))
 
     def can_admit(self, request: Request, hit: PrefixHit) -> bool:
         """True when every known token of the request fits beside what is used now."""
-        needed = self.blocks_for(request.num_tokens) - len(hit.blocks)
+        needed = self.blocks_for(request.num_tokens) - hit.num_in_cache
         return needed <= self.pool.num_available - hit.num_unreferenced
 
     def admit(self, request: Request, hit: PrefixHit) -> None:
         """Give the request blocks for all its known tokens, the cached prefix first. Requires `can_admit`."""
-        self.pool.acquire(hit.blocks)
-        fresh = self.pool.allocate(self.blocks_for(request.num_tokens) - len(hit.blocks))
+        self.pool.acquire(block for block in hit.blocks if block != ON_HOST)
+        on_host = [at for at, block in enumerate(hit.blocks) if block == ON_HOST]
+        claimed = [self.swap.claim(request.block_hashes[at]) for at in on_host]
+        self.await_no_more(request)  # what it cannot go on from is not worth keeping
+        fresh = self.pool.allocate(self.blocks_for(request.num_tokens) - hit.num_in_cache)
         if fresh is None:
             raise RuntimeError("admit() without can_admit()")
-        request.block_ids = hit.blocks + fresh
+        request.block_ids = hit.blocks + fresh[len(on_host) :]
+        for at, host_block, block in zip(on_host, claimed, fresh, strict=False):
+            request.block_ids[at] = block
+            self.swap.restore(host_block, block)
+            self.pool.publish(block, request.block_hashes[at])
         request.num_computed_tokens = hit.num_tokens
         request.num_published_blocks = len(hit.blocks)
-        request.num_shared_blocks = len(hit.blocks) - hit.num_unreferenced
+        request.num_shared_blocks = hit.num_shared
 
     def grow(self, request: Request, num_tokens: int) -> bool:
         """Extend the block table to hold ``num_tokens`` tokens; False (and nothing changed) when blocks are short."""
@@ -104,12 +130,14 @@ class KVCacheManager:
 
     def release(self, request: Request, awaited: bool = False) -> None:
         """Give all blocks back; what was published stays findable until evicted, last if the request is to return."""
-        self.pool.release(request.block_ids, awaited)
+        if awaited:
+            self.swap.expect(request.seq_id, request.block_hashes[: request.num_published_blocks])
+        self.pool.release(request.block_ids, self.swap.expected)
         request.block_ids = []
 
     def await_no_more(self, request: Request) -> None:
         """The request that was released as awaited has returned, or never will."""
-        for block_hash in request.block_hashes if request.num_preemptions else ():
+        for block_hash in self.swap.forget(request.seq_id):
             block = self.pool.find(block_hash)
             if block is not None:
                 self.pool.await_no_more(block)

@@ -89,7 +89,7 @@ class PredictiveAdmission:
         forecast = self._forecasts.get(group)
         if forecast is None or forecast.step != self._step:
             forecast = self._forecasts[group] = self._forecast(group)
-        mean, variance = self._use([request], [len(hit.blocks) - hit.num_unreferenced])
+        mean, variance = self._use([request], [hit.num_shared])
         fits = self._peak(forecast, mean, variance) <= group.kv.pool.num_blocks
         if not fits:
             self._refusals[group] = (request.seq_id, len(hit.blocks))

@@ -306,7 +306,7 @@ class Scheduler:
                 plan.group.throttled = True
             return counts
         available = [plan.group.kv.pool.num_available for plan in plans]
-        index, num_hits = plans.index(choice[0]), len(choice[1].blocks)
+        index, num_hits = plans.index(choice[0]), choice[1].num_in_cache
         for request in self.waiting:
             needed = plans[index].group.kv.blocks_for(request.num_tokens) - num_hits
             if seats[index] == 0 or needed > available[index]:
@@ -359,7 +359,8 @@ class Scheduler:
 
     def _commit(self, index: int, plan: _Plan) -> GroupBatch:
         """Advance the planned requests as if the step had run, and write it down for the ranks."""
-        batch, counters, kv = self._builder.build(index, plan.rows), self.counters, plan.group.kv
+        counters, kv = self.counters, plan.group.kv
+        batch = self._builder.build(index, plan.rows, kv.swap.take_copies())
         publishes = not self.config.counts_only
         for (request, num_tokens), samples in zip(plan.rows, batch.samples, strict=True):
             before = request.num_computed_tokens

@@ -21,8 +21,9 @@ class EngineLimits(NamedTuple):
 DEFAULT_LIMITS: Mapping[Device, EngineLimits] = MappingProxyType(
     {"cuda": EngineLimits(1024, 8192), "cpu": EngineLimits(256, 2048)}
 )
-"""What nobody stated. On GPUs as in vLLM v1 for those of 70 GiB and more: pooled KV holds far more than 256 sequences,
-and predictive admission keeps them within it. On CPUs each seat's logits must fit in small budgets."""
+"""What nobody stated. On GPUs as in vLLM v1 on those of 70 GiB and more: pooled KV holds far more than 256 sequences,
+and predictive admission keeps them within it. On CPUs each seat's logits must fit in small budgets; on a small GPU
+they may have to be lowered, and the error that says so names them."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,7 @@ class SchedulerConfig:
     schedule_ahead: bool = False  # a sequence may be in several steps in flight (placeholders); needs one stage
     num_groups: int = 1  # attention groups of the replica
     enable_prefix_caching: bool = True
+    num_swap_blocks: int = 0  # of each attention group, on the host: for what preempted sequences had
     admission: AdmissionName = "prompt_only"  # by the KV of known tokens, or by the predicted peak
     counts_only: bool = False  # simulations: tokens and blocks are counted, and have no ids
 
@@ -55,6 +57,14 @@ class SchedulerConfig:
                      "max_steps_in_flight", "num_groups"):  # fmt: skip
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.num_swap_blocks < 0:
+            raise ValueError(f"num_swap_blocks must not be negative, got {self.num_swap_blocks}")
+        if self.num_swap_blocks and not self.enable_prefix_caching:
+            raise ValueError(
+                "swap_space needs enable_prefix_caching: blocks on the host are found by the hash of their content"
+            )
+        if self.num_swap_blocks and self.counts_only:
+            raise ValueError("counts_only knows no swap space")
         if self.max_model_len > self.num_blocks * self.block_size:
             raise ValueError(
                 f"one sequence of max_model_len {self.max_model_len} tokens does not fit in {self.num_blocks} blocks "

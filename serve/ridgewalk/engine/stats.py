@@ -36,6 +36,10 @@ class EngineStats(msgspec.Struct, frozen=True):
     throttled_seconds: float
     head_of_line_blocks: int = 0  # KV blocks that the first waiting sequence needs, prefix hits aside; 0: none waits
     computed_tokens: int = 0  # recomputed ones included
+    swapped_out_blocks: int = 0  # copied to the host
+    swapped_in_blocks: int = 0  # copied back
+    swap_blocks: int = 0  # of the swap space
+    used_swap_blocks: int = 0
 
     @property
     def throttled(self) -> bool:
@@ -47,6 +51,7 @@ def snapshot(scheduler: Scheduler, throttled_seconds: float) -> EngineStats:
     """Read everything off the scheduler."""
     counters = scheduler.counters
     head = scheduler.waiting[0] if scheduler.waiting else None
+    spaces = [group.kv.swap for group in scheduler.groups]
     return EngineStats(
         groups=[
             _group_stats(group, peak) for group, peak in zip(scheduler.groups, scheduler.predicted_peaks(), strict=True)
@@ -63,6 +68,10 @@ def snapshot(scheduler: Scheduler, throttled_seconds: float) -> EngineStats:
         throttled_seconds=throttled_seconds,
         head_of_line_blocks=scheduler.groups[0].kv.blocks_for(head.num_tokens) if head else 0,
         computed_tokens=counters.computed_tokens,
+        swapped_out_blocks=sum(space.num_copied_out for space in spaces),
+        swapped_in_blocks=sum(space.num_copied_in for space in spaces),
+        swap_blocks=sum(space.num_blocks for space in spaces),
+        used_swap_blocks=sum(space.num_used for space in spaces),
     )
 
 

@@ -27,6 +27,14 @@ class NewSequence(msgspec.Struct, frozen=True, array_like=True):
     sampling: SamplingParams
 
 
+class BlockCopy(msgspec.Struct, frozen=True, array_like=True):
+    """KV of one block, of all layers, to or from the host."""
+
+    to_host: bool
+    block: int  # of the KV cache
+    host_block: int  # of the swap space
+
+
 class GroupBatch(msgspec.Struct, frozen=True, array_like=True):
     """What one attention group computes in one step. An idle group gets an empty batch, never none."""
 
@@ -38,6 +46,7 @@ class GroupBatch(msgspec.Struct, frozen=True, array_like=True):
     samples: list[bool]  # True: sample a token from the last position computed
     new_sequences: list[NewSequence]  # not parallel: those of `seq_ids` that ranks must first create
     dropped_seq_ids: list[int]  # not parallel: finished or preempted; ranks forget them before anything else
+    copies: list[BlockCopy] = []  # not parallel: made in this order, before anything is computed
 
     @property
     def num_tokens(self) -> int:

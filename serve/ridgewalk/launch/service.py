@@ -201,7 +201,7 @@ def _print_plan(models: list[PlannedModel], console: Console) -> None:
             plan, engine = placement.memory_plan, placement.engine
             cache = "KV sized by the ranks"
             if plan is not None:
-                cache = f"{plan.weight_bytes / 2**20:.0f} MiB of weights per rank, KV for {plan.kv_tokens:,} tokens"
+                cache = f"{plan.weight_bytes / 2**20:.0f} MiB of weights per rank, KV for {plan.describe_room()}"
             copies = f"{placement.replicas} replicas of " if placement.replicas > 1 else ""
             per = "attention group" if engine.dp > 1 else "replica"
             console.print(

@@ -23,7 +23,7 @@ LABELS: Mapping[str, str] = {
     "status": "HTTP status of the error; 499: the client left first.",
     "endpoint": "completions | chat_completions | other.",
     "reason": "Why the router chose the replica: only_replica | least_loaded | round_robin | all_full | least_delay | "
-    "pooled_kv | fewer_ranks | cached_prefix | kv_cliff.",
+    "pooled_kv | fewer_ranks | cached_prefix | latency_slo | kv_cliff.",
     "op": "all_reduce | all_gather | gather | broadcast | dispatch | combine | send | recv.",
     "phase": "collective: wait | transfer; step: prepare, embed, attention, mlp, router, experts, collective, bubble, "
     "head, sample, other.",
@@ -136,6 +136,13 @@ NUM_PREEMPTIONS = _replica("num_preemptions_total", "counter", "Sequences that l
 RECOMPUTED_TOKENS = _replica(
     "recomputed_tokens_total", "counter", "Tokens whose KV was computed again after a preemption.", unit="tokens"
 )
+KV_BLOCKS_SWAPPED_OUT = _replica(
+    "kv_blocks_swapped_out_total", "counter", "KV blocks of preempted sequences copied to the host.", unit="blocks"
+)
+KV_BLOCKS_SWAPPED_IN = _replica(
+    "kv_blocks_swapped_in_total", "counter", "KV blocks copied back from the host instead of computed again.",
+    unit="blocks",
+)  # fmt: skip
 PREFIX_CACHE_QUERIES = _replica(
     "prefix_cache_queries_total", "counter", "Prompt tokens looked up in the prefix cache.", unit="tokens"
 )
@@ -149,6 +156,10 @@ KV_BLOCKS = _replica(
     "kv_blocks", "gauge", "KV blocks by state; available = cached + free.", "group", "state", unit="blocks"
 )
 KV_CACHE_USAGE = _replica("kv_cache_usage_ratio", "gauge", "Used KV blocks / all of the replica.", unit="ratio")
+KV_SWAP_USAGE = _replica(
+    "kv_swap_usage_ratio", "gauge", "Used blocks of the swap space / all of the replica. Absent without swap space.",
+    unit="ratio",
+)  # fmt: skip
 KV_PREDICTED_PEAK = _replica(
     "kv_predicted_peak_ratio", "gauge",
     "Most KV blocks that the running sequences will use at one time, as predicted with a margin / all of the group. "

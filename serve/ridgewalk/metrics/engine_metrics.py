@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 _TOTALS = (
     (catalogue.NUM_PREEMPTIONS, "num_preemptions"),
     (catalogue.RECOMPUTED_TOKENS, "recomputed_tokens"),
+    (catalogue.KV_BLOCKS_SWAPPED_OUT, "swapped_out_blocks"),
+    (catalogue.KV_BLOCKS_SWAPPED_IN, "swapped_in_blocks"),
     (catalogue.PREFIX_CACHE_QUERIES, "prefix_cache_queries"),
     (catalogue.PREFIX_CACHE_HITS, "prefix_cache_hits"),
     (catalogue.PROMPT_TOKENS, "prompt_tokens"),
@@ -181,6 +183,8 @@ class EngineMetrics(Collector):
         ]
         if peaks:
             yield gauges(catalogue.KV_PREDICTED_PEAK, peaks)
+        if stats.swap_blocks:
+            yield gauges(catalogue.KV_SWAP_USAGE, [(constant, stats.used_swap_blocks / stats.swap_blocks)])
         for spec, field in _TOTALS:
             yield counters(spec, [(constant, getattr(stats, field))])
 

@@ -17,6 +17,11 @@ class LayerCache:
     value: torch.Tensor
 
     @property
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        """All that belongs to a block, by block."""
+        return self.key, self.value
+
+    @property
     def num_bytes(self) -> int:
         """Memory that it takes."""
         return self.key.nbytes + self.value.nbytes
@@ -27,6 +32,11 @@ class LatentCache:
     """Normalised latent and rotated rope key of one MLA layer: ``[num_blocks, block_size, latent_dim]``."""
 
     latent: torch.Tensor
+
+    @property
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        """All that belongs to a block, by block."""
+        return (self.latent,)
 
     @property
     def num_bytes(self) -> int:

@@ -28,11 +28,12 @@ from ridgewalk.kernels.select import select_kernels
 from ridgewalk.model.attention import rank_heads
 from ridgewalk.model.batch import build_step
 from ridgewalk.model.decoder import Decoder
+from ridgewalk.model.host_cache import HostCache
 from ridgewalk.model.kv_cache import LatentCache, LayerCache, make_cache
 from ridgewalk.model.loader import load_parameters
 from ridgewalk.model.phase_clock import PhaseClock
 from ridgewalk.model.runner_config import RunnerConfig
-from ridgewalk.model.sequence_table import SequenceTable
+from ridgewalk.model.sequence_table import SequenceTable, StepError
 from ridgewalk.model.sharded_sampler import ShardedSampler
 from ridgewalk.model.sharding import shard_plan
 from ridgewalk.parallel.process_groups import ProcessGroups, make_process_groups
@@ -100,6 +101,7 @@ class ModelRunner:
         self._decoder: Decoder | None = None
         self._num_blocks = 0
         self._caches: list[LayerCache | LatentCache] = []
+        self._host_cache: HostCache | None = None
         self._table = SequenceTable(config.max_num_seqs, config.max_model_len, config.block_size)
         last = groups.next is None
         self._sampler = ShardedSampler(spec, kernels, groups.tp, self._table) if last else None
@@ -132,14 +134,19 @@ class ModelRunner:
         self._decoder = Decoder(self.spec, config, parameters, self._kernels, self._groups, expert_map, self._clock)
 
     @torch.inference_mode()
-    def allocate(self, num_blocks: int) -> None:
-        """Make the stage's KV cache; block ids are ``0 <= id < num_blocks``. A former cache is lost."""
-        self._caches = []
+    def allocate(self, num_blocks: int, num_swap_blocks: int = 0) -> None:
+        """Make the stage's KV cache; block ids are ``0 <= id < num_blocks``. A former cache is lost.
+
+        ``num_swap_blocks``: on the host, beside it.
+        """
+        self._caches, self._host_cache = [], None
         self._num_blocks = num_blocks
         for _ in stage_layers(self.spec, self.config.pp)[self._stage]:
             self._caches.append(
                 make_cache(self.spec, self.config.tp, num_blocks, self.config.block_size, self._dtype, self._device)
             )
+        if num_swap_blocks:
+            self._host_cache = HostCache(self._caches, num_swap_blocks)
 
     def warm_up(self) -> None:
         """Run a prefill and a decode step so that kernels are compiled and memory is touched before requests come.
@@ -176,6 +183,10 @@ class ModelRunner:
             self._groups.start_timing()
             self._clock.start()
         batch = step.groups[self._group]
+        if batch.copies:
+            if self._host_cache is None:
+                raise StepError("a step moves KV to or from the host, and this rank was given no swap space")
+            self._host_cache.copy(batch.copies)
         rows, dropped, created = self._table.apply(batch)
         if self._sampler is not None:
             self._sampler.follow(dropped, created)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ridgewalk.placement.activations import StepLimits, activation_bytes
 from ridgewalk.placement.mesh import Mesh
@@ -56,6 +56,12 @@ class MemoryPlan:
     num_blocks: int  # of each attention group
     block_size: int  # tokens
     keeps_fp8: bool = False  # weights of an FP8 checkpoint are counted as kept in FP8
+    num_swap_blocks: int = 0  # of each attention group, on the host
+
+    def with_swap_space(self, num_bytes: int) -> MemoryPlan:
+        """With the blocks that ``num_bytes`` of the host's memory hold for each rank."""
+        largest = max(stage.kv_bytes_per_block for stage in self.stages)
+        return replace(self, num_swap_blocks=num_bytes // largest)
 
     @property
     def tightest(self) -> StageMemory:
@@ -86,6 +92,11 @@ class MemoryPlan:
     def kv_tokens(self) -> int:
         """Tokens that the KV cache of one attention group holds."""
         return self.num_blocks * self.block_size
+
+    def describe_room(self) -> str:
+        """Tokens of KV of an attention group, in words."""
+        swap = self.num_swap_blocks * self.block_size
+        return f"{self.kv_tokens:,} tokens" + (f" and {swap:,} swapped to the host" if swap else "")
 
     def blocks_within(self, budget_bytes: int) -> int:
         """KV blocks for which every rank has room in ``budget_bytes``; 0 when not even one fits."""
@@ -124,20 +135,26 @@ def plan_memory(
     )
     tightest = min(stages, key=lambda stage: stage.blocks_within(budget_bytes))
     fitting, per_block = tightest.blocks_within(budget_bytes), tightest.kv_bytes_per_block
+    per_sequence = math.ceil(max_model_len / block_size)
+    smaller = ""
+    if tightest.used_bytes(per_sequence) - tightest.activation_bytes // 2 <= budget_bytes:
+        smaller = (  # half a step would do
+            f"lower --max-num-seqs or --max-num-batched-tokens (a step of {max_num_seqs:,} sequences and "
+            f"{max_num_batched_tokens:,} tokens takes {_gib(tightest.activation_bytes)}), "
+        )
     if fitting < 0:
         raise MemoryPlanError(
             f"{spec.architecture} needs {_gib(tightest.weight_bytes)} of weights and "
             f"{_gib(tightest.activation_bytes)} of activations per rank at {mesh.name}, "
-            f"but {source.gives} {_gib(budget_bytes)}; {source.remedy}"
+            f"but {source.gives} {_gib(budget_bytes)}; {smaller}{source.remedy}"
         )
-    per_sequence = math.ceil(max_model_len / block_size)
     if fitting < per_sequence:
         left = _gib(fitting * per_block)
         shorter = f"lower --max-model-len to {fitting * block_size} or " if fitting > 0 else ""
         raise MemoryPlanError(
             f"one sequence of {max_model_len} tokens needs {_gib(per_sequence * per_block)} of KV cache per rank at "
             f"{mesh.name}, but {source.gives} {_gib(budget_bytes)}, of which {left} is left beside weights and "
-            f"activations; {shorter}{source.remedy}"
+            f"activations; {shorter}{smaller}{source.remedy}"
         )
     return MemoryPlan(budget_bytes, stages, min(fitting, per_sequence * max_num_seqs), block_size, keeps_fp8)
 

@@ -6,6 +6,7 @@ import msgspec
 
 from ridgewalk.engine.scheduler_config import AdmissionName, SchedulerConfig
 from ridgewalk.model.runner_config import RunnerConfig
+from ridgewalk.placement.memory import MemoryPlan
 from ridgewalk.placement.mesh import Mesh
 
 
@@ -33,6 +34,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     max_waiting: int  # waiting sequences of this replica; beyond it a call is answered OVERLOADED
     memory: int | None = None  # per rank
     num_blocks: int | None = None  # per attention group
+    swap_space: int = 0  # bytes of host memory per rank, beside `memory`
     device: str = "cpu"  # cpu | cuda
     cpus_per_rank: float = 1.0
     gpus_per_rank: float = 0.0
@@ -58,14 +60,14 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
         """True when steps in flight may hold the same sequence: all ranks must learn the tokens that one samples."""
         return self.schedule_ahead and self.pp == 1
 
-    def scheduler_config(self, num_blocks: int) -> SchedulerConfig:
-        """The scheduler's limits for a replica with so many KV blocks per attention group.
+    def scheduler_config(self, memory: MemoryPlan) -> SchedulerConfig:
+        """The scheduler's limits for a replica with so much room for KV.
 
         Raises:
             ValueError: the limits cannot work together.
         """
         return SchedulerConfig(
-            num_blocks=num_blocks,
+            num_blocks=memory.num_blocks,
             block_size=self.block_size,
             max_model_len=self.max_model_len,
             max_num_seqs=self.max_num_seqs,
@@ -74,6 +76,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
             schedule_ahead=self.schedules_ahead,
             num_groups=self.dp,
             enable_prefix_caching=self.enable_prefix_caching,
+            num_swap_blocks=memory.num_swap_blocks,
             admission=self.admission,
         )
 

@@ -42,16 +42,16 @@ class EngineReplica:
         executor = ZmqExecutor(config, spec, RayRanks(get_current_placement_group()), address, self._log_progress)
         plan = executor.memory_plan
         logger.info(
-            "%s %s: %s; %d KV blocks of %d tokens (%d tokens) per attention group, %.0f MiB of weights per rank%s",
+            "%s %s: %s; %d KV blocks of %d tokens (%s) per attention group, %.0f MiB of weights per rank%s",
             config.model_name, config.placement, describe_mesh(config), plan.num_blocks, plan.block_size,
-            plan.kv_tokens, plan.weight_bytes / 2**20, describe_expert_balance(config),
+            plan.describe_room(), plan.weight_bytes / 2**20, describe_expert_balance(config),
         )  # fmt: skip
         peaks = HardwarePeaks(config.peak_flops_per_rank, config.peak_bandwidth_per_rank)
         self._metrics = EngineMetrics(
             config, serve_rank(), spec, peaks, keeps_fp8=plan.keeps_fp8, current_rank=serve_rank
         )
         self._loop = EngineLoop(
-            config.scheduler_config(executor.num_blocks),
+            config.scheduler_config(plan),
             executor,
             self._metrics,
             address,

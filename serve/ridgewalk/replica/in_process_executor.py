@@ -24,15 +24,10 @@ class InProcessExecutor:
         threads = num_threads(config, 1)
         self._runner = create_runner(config.runner_config(rank=0, num_threads=threads, keeps_fp8=keeps_fp8))
         self._runner.load()
-        self._runner.allocate(self.memory_plan.num_blocks)
+        self._runner.allocate(self.memory_plan.num_blocks, self.memory_plan.num_swap_blocks)
         self._runner.warm_up()
         self._submitted: deque[StepInput] = deque()
         self._measured: list[list[RankTimings]] = []
-
-    @property
-    def num_blocks(self) -> int:
-        """KV blocks of each attention group."""
-        return self.memory_plan.num_blocks
 
     def submit(self, step: StepInput) -> None:
         self._submitted.append(step)

@@ -31,7 +31,7 @@ class OfflineEngine:
         self._vocab_size = spec.vocab_size
         self.executor, self.memory_plan = _make_executor(config, spec, spawn)
         self._expert_loads = make_expert_load_recorder(config, spec)
-        self.core = EngineCore(config.scheduler_config(self.memory_plan.num_blocks), self.executor, time.monotonic)
+        self.core = EngineCore(config.scheduler_config(self.memory_plan), self.executor, time.monotonic)
         self.timings: list[list[RankTimings]] = []
 
     def __enter__(self) -> OfflineEngine:

@@ -101,13 +101,15 @@ def _serve(launch: RankLaunch, connection: RankConnection) -> None:
     memory = device_memory(engine.device)[0] if engine.device == "cuda" else memory_bytes()
     address = connection.local_address()
     fp8 = multiplies_fp8(engine.device, ModelSpec.from_folder(engine.model_path), engine.dtype)
-    connection.send(Hello(launch.rank, os.getpid(), address, free_port(), memory, socket.gethostname(), fp8))
+    connection.send(
+        Hello(launch.rank, os.getpid(), address, free_port(), memory, socket.gethostname(), fp8, memory_bytes())
+    )
     begin = connection.receive()
     if not isinstance(begin, Begin):
         return
     runner = create_runner(engine.runner_config(launch.rank, begin.num_threads, begin.init_method, begin.keeps_fp8))
     runner.load(progress=_progress(launch.rank, connection))
-    runner.allocate(begin.num_blocks)
+    runner.allocate(begin.num_blocks, begin.num_swap_blocks)
     runner.warm_up()
     connection.send(Ready(launch.rank))
     group, _, _ = engine.mesh.coordinates(launch.rank)

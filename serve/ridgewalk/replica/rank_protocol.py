@@ -31,6 +31,7 @@ class Hello(msgspec.Struct, frozen=True, tag="hello"):
     memory_bytes: int  # of the device (CUDA), or of the host or its container (CPU)
     host: str  # ranks with equal names share memory
     multiplies_fp8: bool  # the device has a product for the model's FP8 weights
+    host_bytes: int  # memory of the host or its container
 
 
 class Loading(msgspec.Struct, frozen=True, tag="loading"):
@@ -74,6 +75,7 @@ class Begin(msgspec.Struct, frozen=True, tag="begin"):
 
     init_method: str  # tcp://address:port of the first rank's host
     num_blocks: int
+    num_swap_blocks: int
     num_threads: int
     keeps_fp8: bool  # FP8 weights are not dequantized: every rank's device multiplies them
 

@@ -63,9 +63,30 @@ def size_cache(
     )
     if config.num_blocks is not None:
         plan = replace(plan, num_blocks=config.num_blocks)
+    plan = plan.with_swap_space(config.swap_space)
+    if config.swap_space and not plan.num_swap_blocks:
+        raise MemoryPlanError(
+            f"swap_space of {config.swap_space:,} bytes does not hold one KV block; raise --swap-space, "
+            "which takes units, as 4GiB"
+        )
     if available_bytes is not None:
-        _check_stated(config, plan, _rank_share(config, available_bytes, STATED_SHARE, ranks_sharing))
+        limit = _rank_share(config, available_bytes, STATED_SHARE, ranks_sharing)
+        _check_stated(config, plan, limit)
+        if config.device == "cpu":
+            beside = plan.weight_bytes + plan.activation_bytes + plan.kv_bytes
+            _check_swap_space(config, limit - beside, "weights, activations and KV cache leave of this host's memory")
     return plan
+
+
+def check_host_memory(config: EngineConfig, host_bytes: int, ranks_on_host: int) -> None:
+    """Refuse swap space of CUDA ranks for which their host has no room.
+
+    Raises:
+        MemoryPlanError: it has not.
+    """
+    if config.device == "cuda":
+        left = int(host_bytes * STATED_SHARE / ranks_on_host) - RANK_PROCESS_BYTES
+        _check_swap_space(config, left, f"a host of {_gib(host_bytes)} has for each of {ranks_on_host} ranks")
 
 
 def num_threads(config: EngineConfig, ranks_on_host: int) -> int:
@@ -108,6 +129,14 @@ def _check_stated(config: EngineConfig, plan: MemoryPlan, limit: int) -> None:
         raise MemoryPlanError(f"num_blocks {config.num_blocks} needs {figures}; {remedy}")
     remedy = f"lower --memory to {_gib(limit)}" if fitting else others
     raise MemoryPlanError(f"memory {_gib(config.memory or 0)} means {figures}; {remedy}")
+
+
+def _check_swap_space(config: EngineConfig, left: int, whence: str) -> None:
+    if config.swap_space > left:
+        raise MemoryPlanError(
+            f"swap_space {_gib(config.swap_space)} per rank is more than the {_gib(left)} that {whence}; "
+            "lower --swap-space or leave it out"
+        )
 
 
 def _gib(num_bytes: int) -> str:

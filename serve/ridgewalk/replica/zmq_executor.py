@@ -33,7 +33,7 @@ from ridgewalk.replica.rank_protocol import (
     StepDone,
     Stop,
 )
-from ridgewalk.replica.sizing import num_threads, size_cache
+from ridgewalk.replica.sizing import check_host_memory, num_threads, size_cache
 
 logger = logging.getLogger(__name__)
 
@@ -111,11 +111,6 @@ class ZmqExecutor:
             self.close()
             raise
 
-    @property
-    def num_blocks(self) -> int:
-        """KV blocks of each attention group."""
-        return self.memory_plan.num_blocks
-
     # -- engine.executor.Executor -----------------------------------------------------------------------------------
 
     def submit(self, step: StepInput) -> None:
@@ -166,9 +161,11 @@ class ZmqExecutor:
         hosts = {hello.host for hello in hellos.values()}
         keeps_fp8 = all(hello.multiplies_fp8 for hello in hellos.values())  # ranks of a stage hold the same
         plan = size_cache(self.config, self.spec, min(hello.memory_bytes for hello in hellos.values()), keeps_fp8)
+        check_host_memory(self.config, min(hello.host_bytes for hello in hellos.values()), world // len(hosts))
         first = hellos[0]
         threads = num_threads(self.config, world // len(hosts))
-        self._send_all(Begin(f"tcp://{first.address}:{first.free_port}", plan.num_blocks, threads, keeps_fp8))
+        meeting = f"tcp://{first.address}:{first.free_port}"
+        self._send_all(Begin(meeting, plan.num_blocks, plan.num_swap_blocks, threads, keeps_fp8))
         self._await(Ready, None, on_progress)
         return plan
 

@@ -16,7 +16,8 @@ terms of the pace, and for as many steps as both are there.
 A request may ask for a pace (`LatencySlo`). Of the replicas with room those come first where the fewest requests are
 expected to miss theirs for it: the request itself, by the predicted time to its first token and step time, and those
 that would then miss, and would not have without it, the mean time per token that they ask for, tokens that they have
-included. Cost decides between equals, so that among requests which ask for nothing nothing changes.
+included. Cost decides between equals, so that among requests which ask for nothing nothing changes. An ingress knows
+what its own requests ask for, and not those of other ingresses.
 
 A replica has room when a seat is free and the predicted peak of KV use of some attention group, what was sent since
 the report included, leaves place for the request at its expected end. Those without room take nothing while another
@@ -75,6 +76,7 @@ class _Open:
     prefill_tokens: float = 0.0  # of a step, lately
     pending_tokens: float = 0.0  # that those which have no output yet will have at their end
     num_pending: int = 0
+    pending_prompt_tokens: float = 0.0  # of them: yet to be computed, as far as is known here
     tpot_limit: Array = field(default_factory=lambda: np.zeros(0))  # asked for; infinite: nothing
     further_tokens: Array = field(default_factory=lambda: np.zeros(0))  # after the first, written here
     further_s: Array = field(default_factory=lambda: np.zeros(0))  # which they took
@@ -98,7 +100,7 @@ class _Option:
     cost_uncached: float  # if nothing of the prompt were cached
 
     @property
-    def rank(self) -> tuple[int, float, int]:
+    def preference(self) -> tuple[int, float, int]:
         """The least is the best."""
         return self.num_late, self.cost, self.load.num_sequences
 
@@ -155,6 +157,7 @@ class KvGrowth:
         there.further_s = np.append(there.further_s, 0.0)
         there.pending_tokens += sequence.new.num_prompt_tokens + sequence.new.num_resumed_tokens + remaining
         there.num_pending += 1
+        there.pending_prompt_tokens += sequence.new.num_prompt_tokens + sequence.new.num_resumed_tokens
         self._prefixes.note(sequence.new.prefix, sequence.replica_id)
 
     def on_ended(self, sequence: OpenSequence, stopped: bool) -> None:
@@ -186,11 +189,13 @@ class KvGrowth:
                 [0.0 if each.first_token_at is None else now - each.first_token_at for each in sequences]
             )
             pending = [
-                each.new.num_prompt_tokens + each.num_output_tokens + left
+                (each.new.num_prompt_tokens + each.num_output_tokens, left)
                 for each, left in zip(sequences, there.remaining, strict=True)
                 if each.num_written == 0
             ]
-            there.pending_tokens, there.num_pending = float(sum(pending)), len(pending)
+            there.num_pending = len(pending)
+            there.pending_prompt_tokens = sum(known for known, _ in pending)
+            there.pending_tokens = there.pending_prompt_tokens + float(sum(left for _, left in pending))
 
     def _growth(self, request: Sequence[NewSequence]) -> _Growth:
         remaining = [self._lengths.of_new(new) for new in request]
@@ -223,7 +228,8 @@ class KvGrowth:
             self._cost(growth, load, there, wait_s, seconds, step_s, per_step, now)
             for seconds in (own_prefill_s, uncached_s)
         ]
-        first_s = wait_s + growth.count * own_prefill_s + step_s
+        before_s = pace.prefill_token_s * there.pending_prompt_tokens  # prompts that are served first
+        first_s = wait_s + before_s + growth.count * own_prefill_s + step_s
         is_late = first_s > growth.slo.ttft_s or step_s > growth.slo.tpot_s
         late_before = there.num_late(step_s - growth.count * per_step)
         late_after = there.num_late(step_s, growth.count * own_prefill_s)
@@ -272,11 +278,11 @@ def _wait_s(
 
 def _decide(options: Sequence[_Option]) -> RoutingDecision:
     with_room = [option for option in options if option.has_room]
-    best = min(with_room or options, key=lambda option: option.rank)
+    best = min(with_room or options, key=lambda option: option.preference)
     replica_id = best.load.replica_id
     if not with_room:
         return RoutingDecision(replica_id, RoutingReason.ALL_FULL)
-    if any(not option.has_room and option.rank < best.rank for option in options):
+    if any(not option.has_room and option.preference < best.preference for option in options):
         return RoutingDecision(replica_id, RoutingReason.KV_CLIFF)
     if any(option.cost < best.cost for option in with_room):
         return RoutingDecision(replica_id, RoutingReason.LATENCY_SLO)
