@@ -76,12 +76,15 @@ class Outcome:
 
 
 @cache
-def outcomes(policy: str) -> list[Outcome]:
+def outcomes(policy: str, swap_tokens: int = 0) -> list[Outcome]:
     """A cold round, and a second one with what the first taught."""
     loads = [admission_load.make_load(SEED + number) for number in range(2)]
     lengths = Lengths(request for load in loads for request in load)
     name = "prompt_only" if policy == "oracle" else policy
-    config = admission_load.scheduler_config(admission=name, max_steps_in_flight=2, schedule_ahead=True)
+    swap = swap_tokens // admission_load.BLOCK_SIZE
+    config = admission_load.scheduler_config(
+        admission=name, max_steps_in_flight=2, schedule_ahead=True, num_swap_blocks=swap
+    )
     ranks = VirtualRanks(lengths)
     core = EngineCore(config, ranks, lambda: ranks.now)
     if policy == "oracle":
@@ -117,3 +120,11 @@ def test_throughput_is_above_prompt_only_and_near_that_of_an_oracle() -> None:
     for ours, theirs, best in zip(outcomes("predictive"), outcomes("prompt_only"), outcomes("oracle"), strict=True):
         assert ours.tokens_per_s > theirs.tokens_per_s
         assert ours.tokens_per_s >= 0.9 * best.tokens_per_s
+
+
+def test_with_swap_space_more_may_begin_and_almost_nothing_is_computed_twice() -> None:
+    swapped = outcomes("predictive", swap_tokens=admission_load.KV_TOKENS // 2)
+    for ours, plain, theirs in zip(swapped, outcomes("predictive"), outcomes("prompt_only"), strict=True):
+        assert ours.num_preemptions <= theirs.num_preemptions / 10
+        assert ours.recomputed_share < 0.005
+        assert ours.tokens_per_s > plain.tokens_per_s

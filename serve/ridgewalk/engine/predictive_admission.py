@@ -28,8 +28,9 @@ from ridgewalk.engine.scheduler_config import SchedulerConfig
 if TYPE_CHECKING:
     from ridgewalk.engine.scheduler import AttentionGroup
 
-MARGIN = 2.0
-"""Standard deviations of KV use kept free beyond what is expected."""
+MARGIN, MARGIN_WITH_SWAP = 2.0, 1.5
+"""Standard deviations of KV use kept free beyond what is expected: fewer where a preempted request loses little, for
+what is kept free is capacity given away."""
 
 REFRESH_EVERY = 16
 """Steps for which a forecast stands while nobody comes or goes: a block of tokens for each running request."""
@@ -54,12 +55,16 @@ class PredictiveAdmission:
     """
 
     def __init__(
-        self, config: SchedulerConfig, lengths: LengthModel | None = None, margin: float = MARGIN, growth: float = 1.125
+        self,
+        config: SchedulerConfig,
+        lengths: LengthModel | None = None,
+        margin: float | None = None,
+        growth: float = 1.125,
     ) -> None:
         """``growth``: of the grid of times; 1 looks at every block, for lengths that are known."""
         self._config = config
         self._lengths = lengths if lengths is not None else OutputLengths(config.max_model_len)
-        self._margin = margin
+        self._margin = margin if margin is not None else MARGIN_WITH_SWAP if config.num_swap_blocks else MARGIN
         self._times = length_grid(config.max_model_len, config.block_size, growth)
         self._forecasts: dict[AttentionGroup, _Forecast] = {}
         self._refusals: dict[AttentionGroup, tuple[int, int]] = {}  # the head refused, and how much of it was cached
