@@ -130,7 +130,7 @@ class ModelConfig(_Strict):
     enable_prefix_caching: bool = True
     admission: AdmissionName = "predictive"  # by the predicted peak of KV use, or by the prompt alone (prompt_only)
     routing: RoutingName = "kv_growth"  # which replica takes a request: see `ridgewalk.routing`
-    swap_space: Size | None = None  # host memory per rank: what preempted requests had is kept there, not recomputed
+    swap_space: Size | None = None  # host memory per rank: preempted requests' blocks are copied there if evicted
     slo_ttft_ms: float | None = Field(None, gt=0, allow_inf_nan=False)  # of requests without x-llm-d-slo-ttft-ms
     slo_tpot_ms: float | None = Field(None, gt=0, allow_inf_nan=False)  # of requests without x-llm-d-slo-tpot-ms
     max_waiting: int = Field(2048, ge=1)  # waiting sequences per model; beyond it requests get 429

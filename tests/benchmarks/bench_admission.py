@@ -1,6 +1,6 @@
 """Admission without a crystal ball: 64 requests that all send the same ``max_tokens``, in KV for 8,192 tokens.
 
-``python -m tests.benchmarks.bench_admission MODEL --policy prompt_only|predictive|oracle [--swap-tokens 2048]``
+``python -m tests.benchmarks.bench_admission DIR --policy prompt_only|predictive|oracle --rounds 2 --swap-tokens 4096``
 
 How long each request writes is known to its rank alone: the executor here turns the token at that length into the stop
 token. The first round is cold: `predictive` has seen nothing. The second goes on with what it learned.

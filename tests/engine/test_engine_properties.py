@@ -106,6 +106,10 @@ class EngineLife(RuleBasedStateMachine):
         for group in self.core.scheduler.groups:
             group.kv.pool.check_integrity()
             group.kv.swap.check_integrity()
+            waiting = {each.seq_id for each in self.core.scheduler.waiting if each.num_preemptions}
+            assert group.kv.swap._expected_by.keys() <= waiting
+            pool = group.kv.pool
+            assert {pool._hash_of[block] for block in pool._awaited} <= group.kv.swap.expected.keys()
             held = Counter(block for request in group.running for block in request.block_ids)
             writable = Counter(
                 block
@@ -130,7 +134,8 @@ class EngineLife(RuleBasedStateMachine):
                 assert request.output_token_ids == expected_output(prompt, request.sampling.max_tokens)
         for group in self.core.scheduler.groups:
             assert group.kv.pool.num_used == 0
-            assert group.kv.swap.num_used == 0
+            assert not group.kv.swap.expected
+            assert not group.kv.pool._awaited
             group.kv.pool.check_integrity()
 
 

@@ -80,7 +80,6 @@ def test_a_beginning_that_others_used_longer_is_kept_all_the_same() -> None:
     kv = KVCacheManager(6, block_size=2, num_swap_blocks=2)
     waiting = admitted(kv, 1, [1, 1, 1, 1, 2, 2, 3, 3])
     sharing = admitted(kv, 2, [1, 1, 1, 1, 4, 4])
-    waiting.num_preemptions += 1
     kv.release(waiting, awaited=True)
     kv.release(sharing)
     assert kv.pool.allocate(5) is not None

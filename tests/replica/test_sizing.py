@@ -72,7 +72,7 @@ def test_swap_space_holds_as_many_blocks_on_every_stage():
     largest = max(stage.kv_bytes_per_block for stage in plan.stages)
     assert plan.num_swap_blocks == GIB // largest
     assert config().scheduler_config(plan).num_swap_blocks == plan.num_swap_blocks
-    assert plan.describe_room() == f"16,000 tokens and {16 * plan.num_swap_blocks:,} swapped to the host"
+    assert plan.describe_room() == f"16,000 tokens and room for {16 * plan.num_swap_blocks:,} on the host"
     assert size_cache(config(num_blocks=1000), SPEC, 80 * GIB).num_swap_blocks == 0
 
 
@@ -86,6 +86,9 @@ def test_swap_space_that_holds_nothing_or_has_no_room_is_refused():
     check_host_memory(on_gpus, 256 * GIB, 2)
     with pytest.raises(MemoryPlanError, match=r"a host of 100.00 GiB has for each of 2 ranks"):
         check_host_memory(on_gpus, 100 * GIB, 2)
+    shared = config(num_blocks=1000, swap_space=60 * GIB, device="cuda", ranks_per_host=8)  # with other replicas
+    with pytest.raises(MemoryPlanError, match=r"a host of 256.00 GiB has for each of 8 ranks"):
+        check_host_memory(shared, 256 * GIB, 2)
 
 
 def test_small_ranks_share_a_small_machine():

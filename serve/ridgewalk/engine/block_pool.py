@@ -99,6 +99,12 @@ class BlockPool:
                 else:
                     self._free.append(block)
 
+    def await_content(self, block: int) -> None:
+        """Somebody will look for the block: if it is cached, it is evicted after those that nobody awaits."""
+        if block in self._cached:
+            del self._cached[block]
+            self._awaited[block] = None
+
     def await_no_more(self, block: int) -> None:
         """Nobody in particular will look for the block: it is cached like any other."""
         if block in self._awaited:

@@ -133,6 +133,11 @@ class KVCacheManager:
         if awaited:
             self.swap.expect(request.seq_id, request.block_hashes[: request.num_published_blocks])
         self.pool.release(request.block_ids, self.swap.expected)
+        if awaited:  # a twin of a block may be the one that can be found
+            for block_hash in reversed(request.block_hashes[: request.num_published_blocks]):
+                block = self.pool.find(block_hash)
+                if block is not None:
+                    self.pool.await_content(block)
         request.block_ids = []
 
     def await_no_more(self, request: Request) -> None:

@@ -248,7 +248,7 @@ class Scheduler:
         return preempted
 
     def _preempt(self, victim: Request, plan: _Plan) -> None:
-        """Take a request's blocks; it starts again from the front of the queue and recomputes what it had."""
+        """Take a request's blocks; it starts again from the front of the queue, with what is left of it."""
         plan.group.running.remove(victim)
         for row in [row for row in plan.rows if row[0] is victim]:
             plan.rows.remove(row)

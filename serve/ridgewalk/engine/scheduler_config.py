@@ -23,7 +23,7 @@ DEFAULT_LIMITS: Mapping[Device, EngineLimits] = MappingProxyType(
 )
 """What nobody stated. On GPUs as in vLLM v1 on those of 70 GiB and more: pooled KV holds far more than 256 sequences,
 and predictive admission keeps them within it. On CPUs each seat's logits must fit in small budgets; on a small GPU
-they may have to be lowered, and the error that says so names them."""
+they may have to be lowered."""
 
 
 @dataclass(frozen=True)

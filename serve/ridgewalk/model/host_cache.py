@@ -17,7 +17,7 @@ AT_ONCE = 64
 class HostCache:
     """Memory on the host for so many blocks of all layers of a stage.
 
-    Pageable memory: a step waits for its copies. That is a tenth or less of what computing the tokens again takes.
+    Pageable memory: a step waits for its copies.
     """
 
     def __init__(self, caches: Sequence[LayerCache | LatentCache], num_blocks: int) -> None:

@@ -9,7 +9,7 @@ from ridgewalk.model.runner import create_runner, device_memory, multiplies_fp8
 from ridgewalk.placement.model_spec import ModelSpec
 from ridgewalk.replica.engine_config import EngineConfig
 from ridgewalk.replica.host import memory_bytes
-from ridgewalk.replica.sizing import num_threads, size_cache
+from ridgewalk.replica.sizing import check_host_memory, num_threads, size_cache
 
 
 class InProcessExecutor:
@@ -21,6 +21,7 @@ class InProcessExecutor:
         available = device_memory(config.device)[0] if config.device == "cuda" else memory_bytes()
         keeps_fp8 = multiplies_fp8(config.device, spec, config.dtype)
         self.memory_plan = size_cache(config, spec, available, keeps_fp8)
+        check_host_memory(config, memory_bytes(), 1)
         threads = num_threads(config, 1)
         self._runner = create_runner(config.runner_config(rank=0, num_threads=threads, keeps_fp8=keeps_fp8))
         self._runner.load()

@@ -20,7 +20,7 @@ STATED_SHARE = 0.95
 
 RANK_PROCESS_BYTES = GIB // 4
 """What a CPU rank's process takes before it holds anything of a model: measured 255 MiB of private memory (torch, its
-thread pools, the transports). On CUDA the device's share is the budget, and the host has room."""
+thread pools, the transports). On CUDA the device's share is the budget, and the host's counts for swap space alone."""
 
 _UNBOUNDED = 2**63
 
@@ -78,15 +78,16 @@ def size_cache(
     return plan
 
 
-def check_host_memory(config: EngineConfig, host_bytes: int, ranks_on_host: int) -> None:
-    """Refuse swap space of CUDA ranks for which their host has no room.
+def check_host_memory(config: EngineConfig, host_bytes: int, own_ranks: int) -> None:
+    """Refuse swap space of CUDA ranks for which their host has no room. ``own_ranks``: of the replica, on it.
 
     Raises:
         MemoryPlanError: it has not.
     """
     if config.device == "cuda":
-        left = int(host_bytes * STATED_SHARE / ranks_on_host) - RANK_PROCESS_BYTES
-        _check_swap_space(config, left, f"a host of {_gib(host_bytes)} has for each of {ranks_on_host} ranks")
+        ranks = max(config.ranks_per_host, own_ranks)
+        left = int(host_bytes * STATED_SHARE / ranks) - RANK_PROCESS_BYTES
+        _check_swap_space(config, left, f"a host of {_gib(host_bytes)} has for each of {ranks} ranks")
 
 
 def num_threads(config: EngineConfig, ranks_on_host: int) -> int:

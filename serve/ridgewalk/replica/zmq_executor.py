@@ -6,6 +6,7 @@ import contextlib
 import logging
 import secrets
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
@@ -161,7 +162,8 @@ class ZmqExecutor:
         hosts = {hello.host for hello in hellos.values()}
         keeps_fp8 = all(hello.multiplies_fp8 for hello in hellos.values())  # ranks of a stage hold the same
         plan = size_cache(self.config, self.spec, min(hello.memory_bytes for hello in hellos.values()), keeps_fp8)
-        check_host_memory(self.config, min(hello.host_bytes for hello in hellos.values()), world // len(hosts))
+        most = max(Counter(hello.host for hello in hellos.values()).values())
+        check_host_memory(self.config, min(hello.host_bytes for hello in hellos.values()), most)
         first = hellos[0]
         threads = num_threads(self.config, world // len(hosts))
         meeting = f"tcp://{first.address}:{first.free_port}"
