@@ -30,7 +30,7 @@ PEAKS = {"peak_flops_per_rank": 200e9, "peak_bandwidth_per_rank": "20GB"}
 
 def configuration(models: Mapping[str, list[dict[str, Any]]], num_blocks: int) -> dict[str, Any]:
     """A service of these placements, with so little KV that requests wait for it. Of the first model they are preempted
-    too; the others predict what they will need.
+    too; the others predict what they will need. What is evicted of the preempted is swapped out.
     """
     return {
         "host": "127.0.0.1",
@@ -40,6 +40,7 @@ def configuration(models: Mapping[str, list[dict[str, Any]]], num_blocks: int) -
                 "model": model,
                 "max_model_len": MAX_MODEL_LEN,
                 "max_num_seqs": 16,
+                "swap_space": "1MiB",
                 "admission": "predictive" if index else "prompt_only",
                 "placements": [{**placement, **PEAKS, "num_blocks": num_blocks} for placement in placements],
             }

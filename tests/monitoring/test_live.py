@@ -33,6 +33,7 @@ PLACEMENTS = {
 WINDOW = "10s"  # in place of Grafana's: longer than a step of Prometheus, shorter than the test
 SCARCE = (
     "sum by (model_name) (ridgewalk_num_preemptions_total) > 0",
+    "sum(ridgewalk_kv_blocks_swapped_in_total) > 0",
     "sum by (model_name) (ridgewalk_kv_throttled_seconds_total) > 0",
 )
 BOARDS = sorted((MONITORING / "grafana" / "dashboards").glob("*.json"))
