@@ -28,10 +28,10 @@ from ridgewalk.config import (
     load_config,
     parse_config,
 )
-from ridgewalk.engine.scheduler_config import Device
 from ridgewalk.model_source import find_model
 from ridgewalk.placement.expert_load import read_expert_load, read_recorded
 from ridgewalk.placement.expert_map import balanced_expert_map, imbalance, uniform_expert_map
+from ridgewalk.placement.hardware import Device
 from ridgewalk.placement.memory import MemoryPlan, MemoryPlanError
 from ridgewalk.placement.model_spec import ModelSpec, validate_mesh
 from ridgewalk.placement.moe_spec import MoESpec

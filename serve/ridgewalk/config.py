@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,7 +11,9 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-from ridgewalk.engine.scheduler_config import DEFAULT_LIMITS, AdmissionName, Device, EngineLimits
+from ridgewalk.engine.scheduler_config import AdmissionName
+from ridgewalk.placement.default_limits import DEFAULT_LIMITS, EngineLimits
+from ridgewalk.placement.hardware import Device
 from ridgewalk.placement.mesh import Mesh, placement_name
 from ridgewalk.routing.decision import RoutingName
 from ridgewalk.routing.latency_slo import NO_SLO, LatencySlo
@@ -155,7 +156,7 @@ class ModelConfig(_Strict):
     @property
     def slo(self) -> LatencySlo:
         """The pace of requests that ask for none."""
-        return LatencySlo(*(math.inf if each is None else each / 1e3 for each in (self.slo_ttft_ms, self.slo_tpot_ms)))
+        return LatencySlo.of_ms(self.slo_ttft_ms, self.slo_tpot_ms)
 
     @property
     def served_name(self) -> str:

@@ -14,7 +14,7 @@ def test_copies_are_made_in_their_order_of_all_that_belongs_to_a_block() -> None
     layers = [LayerCache(torch.randn(shape), torch.randn(shape)), LatentCache(torch.randn(6, 4, 10))]
     before = [tensor.clone() for layer in layers for tensor in layer.tensors]
     swap = HostCache(layers, 2)
-    assert swap.num_bytes == sum(tensor[:2].nbytes for tensor in before)
+    assert sum(host.nbytes for _, host in swap._pairs) == sum(tensor[:2].nbytes for tensor in before)
     out, back = True, False
     swap.copy([BlockCopy(out, 3, 1), BlockCopy(out, 4, 0), BlockCopy(back, 5, 1), BlockCopy(out, 2, 1)])
     for layer in layers:

@@ -27,11 +27,6 @@ class HostCache:
             for tensor in cache.tensors
         ]
 
-    @property
-    def num_bytes(self) -> int:
-        """What it takes."""
-        return sum(host.nbytes for _, host in self._pairs)
-
     def copy(self, copies: Sequence[BlockCopy]) -> None:
         """Make copies in their order: one may read what another before it wrote."""
         for to_host, blocks, host_blocks in _batches(copies):

@@ -12,6 +12,8 @@ import yaml
 from ridgewalk.machine import calibration_path
 from ridgewalk.placement.data_files import shipped_names, shipped_path
 
+Device = Literal["cuda", "cpu"]
+
 _Positive = Annotated[float, msgspec.Meta(gt=0)]
 _NotNegative = Annotated[float, msgspec.Meta(ge=0)]
 _Share = Annotated[float, msgspec.Meta(gt=0, le=1)]
@@ -68,7 +70,7 @@ class HardwareSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     ranks_overhead_s: _NotNegative = 0.0  # of one step on the ranks of one stage, where these are several processes
     sparse_layer_overhead_s: _NotNegative = 0.0  # of a sparse layer in one step, beside `layer_overhead_s`
     expert_fill: _NotNegative = 0.0  # of an expert's product, input columns whose time its kernel takes to get going
-    device: Literal["cuda", "cpu"] = "cuda"
+    device: Device = "cuda"
 
     # What `ridgewalk calibrate` adds: where kernels are far from the roofline, and ranks are not alone on a machine.
     all_to_all: Link | None = None  # within a node; None: as any collective

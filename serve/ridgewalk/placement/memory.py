@@ -136,6 +136,8 @@ def plan_memory(
     tightest = min(stages, key=lambda stage: stage.blocks_within(budget_bytes))
     fitting, per_block = tightest.blocks_within(budget_bytes), tightest.kv_bytes_per_block
     per_sequence = math.ceil(max_model_len / block_size)
+    if fitting >= per_sequence:
+        return MemoryPlan(budget_bytes, stages, min(fitting, per_sequence * max_num_seqs), block_size, keeps_fp8)
     smaller = ""
     if tightest.used_bytes(per_sequence) - tightest.activation_bytes // 2 <= budget_bytes:
         smaller = (  # half a step would do
@@ -148,15 +150,13 @@ def plan_memory(
             f"{_gib(tightest.activation_bytes)} of activations per rank at {mesh.name}, "
             f"but {source.gives} {_gib(budget_bytes)}; {smaller}{source.remedy}"
         )
-    if fitting < per_sequence:
-        left = _gib(fitting * per_block)
-        shorter = f"lower --max-model-len to {fitting * block_size} or " if fitting > 0 else ""
-        raise MemoryPlanError(
-            f"one sequence of {max_model_len} tokens needs {_gib(per_sequence * per_block)} of KV cache per rank at "
-            f"{mesh.name}, but {source.gives} {_gib(budget_bytes)}, of which {left} is left beside weights and "
-            f"activations; {shorter}{smaller}{source.remedy}"
-        )
-    return MemoryPlan(budget_bytes, stages, min(fitting, per_sequence * max_num_seqs), block_size, keeps_fp8)
+    left = _gib(fitting * per_block)
+    shorter = f"lower --max-model-len to {fitting * block_size} or " if fitting > 0 else ""
+    raise MemoryPlanError(
+        f"one sequence of {max_model_len} tokens needs {_gib(per_sequence * per_block)} of KV cache per rank at "
+        f"{mesh.name}, but {source.gives} {_gib(budget_bytes)}, of which {left} is left beside weights and "
+        f"activations; {shorter}{smaller}{source.remedy}"
+    )
 
 
 def _gib(num_bytes: int) -> str:

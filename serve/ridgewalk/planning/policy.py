@@ -6,7 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 
-from ridgewalk.engine.scheduler_config import DEFAULT_LIMITS, AdmissionName, Device
+from ridgewalk.engine.scheduler_config import AdmissionName
+from ridgewalk.placement.default_limits import DEFAULT_LIMITS
+from ridgewalk.placement.hardware import Device
 from ridgewalk.routing.decision import RoutingName
 
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 import yaml
 from rich.table import Table
 
+from ridgewalk.placement.hardware import Device
 from ridgewalk.planning.planner import Candidate
 from ridgewalk.planning.shape import Placement, Shape
 from ridgewalk.planning.simulator import Outcome, Scene
@@ -65,19 +66,23 @@ def as_account(candidate: Candidate, outcome: Outcome) -> Table:
     return table
 
 
-def as_configuration(placement: Placement, model: str, scene: Scene, device: Literal["cuda", "cpu"]) -> str:
+def as_configuration(placement: Placement, model: str, scene: Scene) -> str:
     """YAML that `ridgewalk serve -c` takes."""
     limits = {"slo_ttft_ms": scene.slo.ttft_s * 1e3, "slo_tpot_ms": scene.slo.tpot_s * 1e3}
-    gpus = 1.0 if device == "cuda" else 0.0
     described = {
         "model": model,
         "max_model_len": scene.max_model_len,
         "max_num_seqs": scene.policy.max_num_seqs,
         "max_num_batched_tokens": scene.policy.max_num_batched_tokens,
         **{name: limit for name, limit in limits.items() if math.isfinite(limit)},
-        "placements": [{**shape_fields(shape), "gpus_per_rank": gpus} for shape in placement.shapes],
+        "placements": [placement_fields(shape, scene.hardware.device) for shape in placement.shapes],
     }
     return yaml.safe_dump({"models": [described]}, sort_keys=False)
+
+
+def placement_fields(shape: Shape, device: Device) -> dict[str, Any]:
+    """A whole entry of ``placements``."""
+    return {**shape_fields(shape), "gpus_per_rank": 1.0 if device == "cuda" else 0.0}
 
 
 def shape_fields(shape: Shape) -> dict[str, Any]:

@@ -98,10 +98,7 @@ def _objective(objective: str, ttft: str | None, tpot: str | None) -> tuple[Obje
     if objective == "goodput":
         if not stated:
             raise ConfigError("--objective: goodput needs a limit; add --ttft 2s, --tpot 50ms or both")
-        infinite = float("inf")
-        return "goodput", LatencySlo(
-            infinite if first is None else first / 1e3, infinite if further is None else further / 1e3
-        )
+        return "goodput", LatencySlo.of_ms(first, further)
     if objective != "throughput":
         raise ConfigError(f"--objective: there is no objective {objective!r}; there are throughput and goodput")
     if stated:
@@ -164,8 +161,7 @@ def _emit(best: Candidate, model: str, scene: Scene, path: Path) -> None:
         return
     if Path(model).expanduser().is_dir():
         model = str(Path(model).expanduser().absolute())
-    device = scene.hardware.device
     try:
-        path.write_text(as_configuration(best.placement, model, scene, device))
+        path.write_text(as_configuration(best.placement, model, scene))
     except OSError as error:
         raise ConfigError(f"--emit: {path} cannot be written: {error.strerror}") from None

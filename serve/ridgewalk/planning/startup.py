@@ -12,7 +12,7 @@ from ridgewalk.placement.hardware import THIS_MACHINE, HardwareError, HardwareSp
 from ridgewalk.placement.model_spec import ModelSpec
 from ridgewalk.planning.planner import Candidate, all_placements, dtype_problem, evaluate, rank
 from ridgewalk.planning.policy import POLICIES
-from ridgewalk.planning.report import shape_fields
+from ridgewalk.planning.report import placement_fields
 from ridgewalk.planning.simulator import Arrival, Scene
 from ridgewalk.planning.verdict import reason
 
@@ -94,10 +94,8 @@ def _plan(
     best = ranked[0]
     if best.outcome is None:
         raise ConfigError(f"models: no placement of {model.served_name} fits; {best.placement.name}: {best.problem}")
-    gpus = 1.0 if hardware.device == "cuda" else 0.0
     placements = [
-        PlacementConfig.model_validate({**shape_fields(shape), "gpus_per_rank": gpus})
-        for shape in best.placement.shapes
+        PlacementConfig.model_validate(placement_fields(shape, hardware.device)) for shape in best.placement.shapes
     ]
     return placements, f"{model.served_name}: {_explain(ranked, model.workload)}"
 

@@ -155,9 +155,9 @@ class KvGrowth:
         there.tpot_limit = np.append(there.tpot_limit, sequence.new.slo.tpot_s)
         there.further_tokens = np.append(there.further_tokens, 0.0)
         there.further_s = np.append(there.further_s, 0.0)
-        there.pending_tokens += sequence.new.num_prompt_tokens + sequence.new.num_resumed_tokens + remaining
+        there.pending_tokens += sequence.new.num_known_tokens + remaining
         there.num_pending += 1
-        there.pending_prompt_tokens += sequence.new.num_prompt_tokens + sequence.new.num_resumed_tokens
+        there.pending_prompt_tokens += sequence.new.num_known_tokens
         self._prefixes.note(sequence.new.prefix, sequence.replica_id)
 
     def on_ended(self, sequence: OpenSequence, stopped: bool) -> None:
@@ -189,7 +189,7 @@ class KvGrowth:
                 [0.0 if each.first_token_at is None else now - each.first_token_at for each in sequences]
             )
             pending = [
-                (each.new.num_prompt_tokens + each.num_output_tokens, left)
+                (each.new.num_known_tokens, left)
                 for each, left in zip(sequences, there.remaining, strict=True)
                 if each.num_written == 0
             ]
@@ -202,7 +202,7 @@ class KvGrowth:
         count = len(request)
         return _Growth(
             count,
-            sum(new.num_prompt_tokens + new.num_resumed_tokens for new in request) / count,
+            sum(new.num_known_tokens for new in request) / count,
             sum(each.mean for each in remaining) / count,
             sum(each.square for each in remaining) / count,
             # Who had tokens elsewhere has had its first.

@@ -21,6 +21,11 @@ class NewSequence:
     prefix: tuple[int, ...] = ()  # chained hashes of its prompt's blocks, see `prefix_index`
     slo: LatencySlo = NO_SLO
 
+    @property
+    def num_known_tokens(self) -> int:
+        """To be computed before it writes: resumed tokens are computed like a prompt."""
+        return self.num_prompt_tokens + self.num_resumed_tokens
+
     @classmethod
     def of(
         cls,
