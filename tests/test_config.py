@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ridgewalk.config import ConfigError, load_config, parse_config, parse_size
+from ridgewalk.config import ConfigError, load_config, parse_config, parse_cpus, parse_size
 
 RECORDING = {"enable_expert_parallel": True, "record_expert_load": "/var/seen.json"}
 
@@ -117,6 +117,36 @@ def test_a_file_that_is_missing_or_no_yaml_is_named(tmp_path: Path) -> None:
 def test_sizes(number: int, unit: tuple[str, int]) -> None:
     assert parse_size(f"{number}{unit[0]}") == number * unit[1]
     assert parse_size(f" {number} {unit[0]} ") == number * unit[1]
+
+
+@given(st.sets(st.integers(0, 300), min_size=1))
+def test_cpus_are_read_as_taskset_writes_them(numbers: set[int]) -> None:
+    ordered = sorted(numbers)
+    ranges = [
+        f"{first}-{last}" if last > first else f"{first}"
+        for first in ordered
+        if first - 1 not in numbers
+        for last in [next(n for n in ordered if n >= first and n + 1 not in numbers)]
+    ]
+    assert parse_cpus(", ".join(ranges)) == tuple(ordered)
+    (model,) = parse_config({"models": [{"model": "x", "placements": [{"cpus": [*ordered, *ordered]}]}]}).models
+    assert model.placements[0].cpus == tuple(ordered)
+
+
+@pytest.mark.parametrize("text", ["", "3-1", "a", "-1", "1,,2", "0-", True, [], [-1], 1.5])
+def test_what_is_no_list_of_cpus_is_refused(text: object) -> None:
+    with pytest.raises(ConfigError, match=r"models\[0\].placements\[0\].cpus"):
+        parse_config({"models": [{"model": "x", "placements": [{"cpus": text}]}]})
+
+
+def test_ranks_bound_to_some_of_the_same_cpus_share_them() -> None:
+    placements = [
+        {"replicas": 3, "cpus": "0-3"},
+        {"tensor_parallel_size": 2, "cpus": "3-5"},
+        {"tensor_parallel_size": 4},
+    ]
+    config = parse_config({"models": [{"model": "x", "placements": placements}]})
+    assert [config.num_ranks_bound_to(cpus) for cpus in [(0,), (3,), (5, 6), (7,), ()]] == [3, 5, 2, 0, 0]
 
 
 def test_limits_of_a_step_follow_the_device_where_nobody_states_them() -> None:

@@ -53,6 +53,7 @@ WRONG = {
     "--num-blocks": "0",
     "--gpus-per-rank": "-1",
     "--threads-per-rank": "0",
+    "--cpus": "99999",
     "--peak-flops-per-rank": "0",
     "--peak-bandwidth-per-rank": "fast",
     "--dtype": "int3",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -184,3 +185,13 @@ def test_a_path_that_nothing_can_be_recorded_to_is_refused(sparse: Path, tmp_pat
     with pytest.raises(ConfigError, match=r"there is no directory .*none; make it first"):
         plan(sparse, **EP2, record_expert_load=str(tmp_path / "none" / "loads.json"))
     resolve(configuration(sparse, **EP2, record_expert_load=str(tmp_path / "none" / "loads.json")), cluster_hosts=2)
+
+
+def test_cpus_are_checked_where_they_are_known_and_shared_by_all_bound_to_them(sparse: Path) -> None:
+    here = sorted(os.sched_getaffinity(0))
+    engine = plan(sparse, replicas=3, cpus=here).engine
+    assert (engine.cpus, engine.ranks_on_cpus) == (tuple(here), 3)
+    with pytest.raises(ConfigError, match=r"cpus: a process on .* may not use 99999; there are "):
+        plan(sparse, cpus=99_999)
+    (elsewhere,) = resolve(configuration(sparse, replicas=3, cpus=99_999), cluster_hosts=2)[0].placements
+    assert (elsewhere.engine.cpus, elsewhere.engine.ranks_on_cpus) == ((99_999,), 2)

@@ -6,7 +6,7 @@ import logging
 import math
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,7 +37,7 @@ from ridgewalk.placement.model_spec import ModelSpec, validate_mesh
 from ridgewalk.placement.moe_spec import MoESpec
 from ridgewalk.replica.engine_config import EngineConfig
 from ridgewalk.replica.engine_replica import EngineReplica
-from ridgewalk.replica.host import memory_bytes
+from ridgewalk.replica.host import check_cpus, memory_bytes
 from ridgewalk.replica.sizing import size_cache
 from ridgewalk.routing.decision import RoutingName
 from ridgewalk.routing.latency_slo import LatencySlo
@@ -76,11 +76,26 @@ class PlannedModel:
 
 
 @dataclass(frozen=True)
-class _Host:
-    """What is known of the poorest host."""
+class _Hosts:
+    """What is known of those that share a service's ranks."""
 
-    ranks: int  # of the whole service, on it
-    memory: int | None  # bytes
+    config: ServeConfig
+    count: int
+    memory: int | None  # bytes, of the poorest
+
+    @property
+    def are_this_machine(self) -> bool:
+        """Everything runs here."""
+        return self.memory is not None
+
+    @property
+    def ranks_per_host(self) -> int:
+        """Of the whole service, at most."""
+        return math.ceil(self.config.num_ranks / self.count)
+
+    def ranks_on(self, cpus: Sequence[int]) -> int:
+        """Of those bound to some of these CPUs, at most on one host."""
+        return math.ceil(self.config.num_ranks_bound_to(cpus) / self.count)
 
 
 def resolve(config: ServeConfig, cluster_hosts: int | None = None) -> list[PlannedModel]:
@@ -94,11 +109,8 @@ def resolve(config: ServeConfig, cluster_hosts: int | None = None) -> list[Plann
             the field and the remedy.
     """
     read_api_keys(config)
-    host = _Host(
-        ranks=math.ceil(config.num_ranks / (cluster_hosts or 1)),
-        memory=memory_bytes() if cluster_hosts is None else None,
-    )
-    return [_resolve_model(model, host) for model in config.models]
+    hosts = _Hosts(config, cluster_hosts or 1, memory_bytes() if cluster_hosts is None else None)
+    return [_resolve_model(model, hosts) for model in config.models]
 
 
 def build_application(config: ServeConfig, models: list[PlannedModel]) -> Application:
@@ -199,9 +211,7 @@ def needed_cpus(config: ServeConfig) -> float:
 def needed_gpus(config: ServeConfig) -> float:
     """What the service asks of Ray's scheduler, in GPUs."""
     return sum(
-        placement.num_replicas * placement.mesh.world_size * placement.gpus_per_rank
-        for model in config.models
-        for placement in model.placements
+        placement.num_ranks * placement.gpus_per_rank for model in config.models for placement in model.placements
     )
 
 
@@ -217,7 +227,7 @@ def _expand(args: dict[str, Any]) -> dict[str, Any]:
     return {**rest, "models": [model]}
 
 
-def _resolve_model(model: ModelConfig, host: _Host) -> PlannedModel:
+def _resolve_model(model: ModelConfig, hosts: _Hosts) -> PlannedModel:
     path = find_model(model.model)
     name = model.served_name
     try:
@@ -230,7 +240,7 @@ def _resolve_model(model: ModelConfig, host: _Host) -> PlannedModel:
             )
         num_replicas = sum(placement.num_replicas for placement in model.placements)
         placements = [
-            _resolve_placement(model, name, path, spec, max_model_len, placement, num_replicas, host)
+            _resolve_placement(model, name, path, spec, max_model_len, placement, num_replicas, hosts)
             for placement in model.placements
         ]
         load_served_model(name, path, max_model_len=max_model_len)  # what the ingress will read
@@ -249,16 +259,18 @@ def _resolve_placement(
     max_model_len: int,
     placement: PlacementConfig,
     num_replicas: int,
-    host: _Host,
+    hosts: _Hosts,
 ) -> PlannedPlacement:
     mesh = placement.mesh
     validate_mesh(spec, mesh, placement.num_redundant_experts)
     expert_map, expert_imbalance = _place_experts(spec, placement)
     device: Device = "cuda" if placement.gpus_per_rank > 0 else "cpu"
     limits = model.engine_limits(device)
+    if placement.cpus is not None and hosts.are_this_machine:
+        check_cpus(placement.cpus)
     record = placement.record_expert_load
     if record is not None and spec.moe is not None:
-        _check_record(record, name, spec.moe, is_this_machines=host.memory is not None)
+        _check_record(record, name, spec.moe, is_this_machines=hosts.are_this_machine)
     engine = EngineConfig(
         model_name=name,
         placement=placement.name,
@@ -286,12 +298,14 @@ def _resolve_placement(
         cpus_per_rank=placement.cpus_per_rank,
         gpus_per_rank=placement.gpus_per_rank,
         threads_per_rank=placement.threads_per_rank,
+        cpus=placement.cpus,
+        ranks_on_cpus=hosts.ranks_on(placement.cpus or ()),
         peak_flops_per_rank=placement.peak_flops_per_rank,
         peak_bandwidth_per_rank=placement.peak_bandwidth_per_rank,
-        ranks_per_host=host.ranks,
+        ranks_per_host=hosts.ranks_per_host,
     )
     plan = None
-    available = host.memory if engine.device == "cpu" else None
+    available = hosts.memory if engine.device == "cpu" else None
     if available is not None or engine.memory is not None or engine.num_blocks is not None:
         plan = _size_cache(engine, spec, available)
         engine.scheduler_config(plan)  # refuses limits that cannot work

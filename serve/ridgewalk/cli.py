@@ -106,6 +106,10 @@ def serve(
         int | None,
         typer.Option(rich_help_panel=PLACEMENT, help="CPU threads of a rank. Default: the cores over the ranks."),
     ] = None,
+    cpus: Annotated[
+        str | None,
+        typer.Option(rich_help_panel=PLACEMENT, help="CPUs of its host that a rank may use, e.g. 0-3. Default: all."),
+    ] = None,
     peak_flops_per_rank: Annotated[
         float | None,
         typer.Option(rich_help_panel=PLACEMENT, help="FLOP/s that a rank's device can do: exports FLOPs utilization."),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Annotated, Any, Literal
@@ -43,6 +43,33 @@ def parse_size(value: object) -> object:
     return int(float(match[1]) * _SIZE_UNITS[match[2].lower()])
 
 
+def parse_cpus(value: object) -> object:
+    """Numbers of CPUs, in order, from ``"0-3,8"`` as `taskset` writes them. Other values are left for the validator.
+
+    Raises:
+        ValueError: a string that is not such a list.
+    """
+    if isinstance(value, int) and not isinstance(value, bool):
+        return (value,)
+    if not isinstance(value, str):
+        return value
+    found: set[int] = set()
+    for part in value.split(","):
+        match = re.fullmatch(r"\s*(\d{1,5})(?:-(\d{1,5}))?\s*", part)
+        last = -1 if match is None else int(match[2] or match[1])
+        if match is None or last < int(match[1]):
+            raise ValueError(f"{value!r} is not a list of CPUs; write it as 0-3 or 0,2,8-11")
+        found.update(range(int(match[1]), last + 1))
+    return tuple(sorted(found))
+
+
+CpuNumber = Annotated[int, Field(ge=0)]
+Cpus = Annotated[
+    tuple[CpuNumber, ...],
+    BeforeValidator(parse_cpus),
+    Field(min_length=1),
+    AfterValidator(lambda numbers: tuple(sorted(set(numbers)))),
+]
 Size = Annotated[int, BeforeValidator(parse_size), Field(gt=0)]
 
 
@@ -82,7 +109,8 @@ class PlacementConfig(_Strict):
     num_blocks: int | None = Field(None, ge=1)  # per attention group, instead of a memory budget
     cpus_per_rank: float = Field(1.0, gt=0)  # what a rank asks of Ray's scheduler
     gpus_per_rank: float = Field(0.0, ge=0)  # over 0: the rank runs on CUDA
-    threads_per_rank: int | None = Field(None, ge=1)  # None: the host's cores over the ranks on it
+    threads_per_rank: int | None = Field(None, ge=1)  # None: the host's cores (or `cpus`) over the ranks on it
+    cpus: Cpus | None = None  # of its host, on which alone its ranks run, e.g. 0-3; None: all
     peak_flops_per_rank: float | None = Field(None, gt=0, allow_inf_nan=False)  # per second; with it, utilization
     peak_bandwidth_per_rank: Size | None = None  # bytes per second of a rank's memory; with it, utilization
 
@@ -111,6 +139,11 @@ class PlacementConfig(_Strict):
     def num_replicas(self) -> int:
         """Replicas, data parallelism without expert parallelism included."""
         return self.replicas * (1 if self.enable_expert_parallel else self.data_parallel_size)
+
+    @property
+    def num_ranks(self) -> int:
+        """Of all replicas."""
+        return self.num_replicas * self.mesh.world_size
 
     @property
     def name(self) -> str:
@@ -202,7 +235,12 @@ class ServeConfig(_Strict):
     @property
     def num_ranks(self) -> int:
         """Ranks of the whole service."""
-        return sum(p.num_replicas * p.mesh.world_size for model in self.models for p in model.placements)
+        return sum(p.num_ranks for model in self.models for p in model.placements)
+
+    def num_ranks_bound_to(self, cpus: Sequence[int]) -> int:
+        """Ranks of those placements whose `cpus` are some of these."""
+        placements = [p for model in self.models for p in model.placements]
+        return sum(p.num_ranks for p in placements if not set(p.cpus or ()).isdisjoint(cpus))
 
 
 def parse_config(data: Any, source: str = "the configuration") -> ServeConfig:

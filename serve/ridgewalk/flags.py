@@ -21,6 +21,6 @@ def in_flags(sentence: str, flags: Mapping[str, str]) -> str:
     for field, flag in flags.items():
         word = rf"(?<![\w./-]){field}(?![\w/-]|\.\w)"
         if "_" not in field:  # may be a word of English, except where a problem begins with it
-            word = rf"(?:^|(?<=[.;] )){field}(?=: | and )"
+            word = rf"(?:^|(?<=[.;:] )){field}(?=: | and )"
         sentence = re.sub(word, flag, sentence)
     return sentence

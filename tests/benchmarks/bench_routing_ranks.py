@@ -1,11 +1,13 @@
 """Skewed load on mixed placements, for real: a small load like `bench_routing`'s, over HTTP on this machine's ranks.
 
 ``python -m tests.benchmarks.bench_routing_ranks MODEL [--rate 2] [--short 25] [--memory 130MiB]`` serves MODEL as 2 x
-TP1 beside TP2, once for each routing policy, and sends each the very same requests at the same Poisson arrivals. All
-send the same ``max_tokens``: a request ends where ``min_tokens`` stops forbidding an end that ``logit_bias`` wants, and
-neither router nor scheduler reads those. *Shown*: the long send ``reasoning_effort`` high, the others low. *Hidden*:
-all send the same. With ``--ask-ms`` `kv_growth` is also run with every request asking for first tokens within 2 s and
-that TPOT, by headers. The first `WARM_UP` requests count nowhere: what a policy learns, it learns from them.
+TP1 beside TP2, once for each routing policy, and sends each the very same requests at the same Poisson arrivals. Each
+placement has a core of its own for its two ranks; with ``--cores shared`` all four ranks have the same two.
+
+All send the same ``max_tokens``: a request ends where ``min_tokens`` stops forbidding an end that ``logit_bias`` wants,
+and neither router nor scheduler reads those. *Shown*: the long send ``reasoning_effort`` high, the others low.
+*Hidden*: all send the same. With ``--ask-ms`` `kv_growth` is also run with every request asking for first tokens within
+2 s and that TPOT, by headers. The first `WARM_UP` requests count nowhere: what a policy learns, it learns from them.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ import argparse
 import asyncio
 import json
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -33,7 +35,10 @@ TTFT_S = 2.0
 MAX_TOKENS = 800
 """Of every request, whatever it writes."""
 
-PLACEMENTS = ({"replicas": 2}, {"tensor_parallel_size": 2})
+PLACEMENTS: Mapping[str, Sequence[Mapping[str, object]]] = {
+    "shared": ({"replicas": 2}, {"tensor_parallel_size": 2}),
+    "apart": ({"replicas": 2, "cpus": 0}, {"tensor_parallel_size": 2, "cpus": 1}),
+}
 
 
 @dataclass(frozen=True)
@@ -129,6 +134,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
     parser.add_argument("--memory", default="130MiB", help="of each rank, for weights and KV cache")
+    parser.add_argument("--cores", choices=PLACEMENTS, default="apart", help="between the placements")
     parser.add_argument("--rate", type=float, default=2.0, help="requests a second")
     parser.add_argument("--short", type=int, default=25, help="median output tokens of nine requests in ten")
     parser.add_argument("--requests", type=int, default=300)
@@ -147,7 +153,7 @@ def main() -> None:
     for seed in arguments.seeds:
         load = make_load(arguments.rate, arguments.short, arguments.requests, seed)
         for mode in modes(arguments.routings, arguments.ask_ms):
-            config = configuration(arguments.model, PLACEMENTS, arguments.memory, routing=mode.routing)
+            config = configuration(arguments.model, PLACEMENTS[arguments.cores], arguments.memory, routing=mode.routing)
             with tempfile.TemporaryDirectory() as folder, live_service(Path(folder), config) as service:
                 done = asyncio.run(drive(service.url, arguments.model.name, eos, load, mode))
                 print(row(f"{mode.name}, seed {seed}", done, tpots_s, service), flush=True)

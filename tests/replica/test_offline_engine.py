@@ -9,6 +9,7 @@ import signal
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -109,6 +110,21 @@ def test_every_rank_reports_the_same_collectives_of_a_measured_step(reference: t
             assert [c.op for c in first.collectives] == [c.op for c in second.collectives]
             assert {"all_reduce"} <= {c.op for c in first.collectives}
             assert sum(first.phases.values()) <= first.seconds
+
+
+def test_ranks_run_on_the_cpus_stated_and_no_others(reference: tuple[Path, torch.nn.Module]) -> None:
+    cpu = max(os.sched_getaffinity(0))
+    with OfflineEngine(engine_config(reference[0], 2, cpus=(cpu,), threads_per_rank=None)) as engine:
+        (request,) = engine.generate([[1, 2, 3]], SamplingParams(max_tokens=5, temperature=0.0))
+        bound = [each for each in psutil.Process().children(recursive=True) if each.cpu_affinity() == [cpu]]
+        assert len(bound) == 2
+    assert_greedy(reference[1], request)
+
+
+def test_a_cpu_that_a_rank_may_not_use_is_named(reference: tuple[Path, torch.nn.Module]) -> None:
+    config = engine_config(reference[0], 2, cpus=(0, 99_999))
+    with pytest.raises(ExecutorError, match=r"cpus: a process on .* may not use 99999; there are "):
+        OfflineEngine(config)
 
 
 @pytest.mark.parametrize("rank", [0, 1])

@@ -13,6 +13,7 @@ from ridgewalk.replica.sizing import (
     RANK_PROCESS_BYTES,
     STATED_SHARE,
     check_host_memory,
+    num_threads,
     size_cache,
 )
 from tests.placement.hub_configs import DEEPSEEK_V2_LITE
@@ -141,3 +142,10 @@ def test_redundant_experts_are_budgeted():
     plain = size_cache(config(**mesh), SPEC, 100 * GIB)
     redundant = size_cache(config(**mesh, num_redundant_experts=2), SPEC, 100 * GIB)
     assert redundant.weight_bytes - plain.weight_bytes == 26 * 3 * 2048 * 1408 * 2
+
+
+def test_ranks_share_out_the_cpus_they_are_bound_to_as_threads():
+    assert num_threads(config(cpus=tuple(range(8))), 2) == 4
+    assert num_threads(config(cpus=tuple(range(8)), ranks_on_cpus=3), 2) == 2
+    assert num_threads(config(cpus=(0,), ranks_on_cpus=3), 2) == 1
+    assert num_threads(config(cpus=(0, 1), threads_per_rank=5), 2) == 5

@@ -39,11 +39,13 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     cpus_per_rank: float = 1.0
     gpus_per_rank: float = 0.0
     threads_per_rank: int | None = None
+    cpus: tuple[int, ...] | None = None  # of its host, on which alone a rank in a process of its own runs
     schedule_ahead: bool = True  # steps in flight may hold the same sequence (placeholders); not in a pipeline
     max_steps_in_flight: int = 2  # at least one for each stage of a pipeline; 1 with neither stages nor the above
     peak_flops_per_rank: float | None = None  # per second; None: no utilization of it is exported
     peak_bandwidth_per_rank: int | None = None  # bytes per second of memory; None: likewise
     ranks_per_host: int = 1  # of the whole service: its default share of memory and cores follows
+    ranks_on_cpus: int = 1  # of those, the ones that are bound to some of `cpus`
 
     @property
     def mesh(self) -> Mesh:

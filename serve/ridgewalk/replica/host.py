@@ -1,9 +1,10 @@
-"""What this host has: memory, an address, a free port."""
+"""What this host has: memory, CPUs, an address, a free port."""
 
 from __future__ import annotations
 
 import os
 import socket
+from collections.abc import Sequence
 from pathlib import Path
 
 
@@ -18,6 +19,24 @@ def memory_bytes() -> int:
         if text.isdigit():
             total = min(total, int(text))
     return total
+
+
+def check_cpus(cpus: Sequence[int]) -> None:
+    """Refuse CPUs that this process may not use; the system would leave them out in silence.
+
+    Raises:
+        ValueError: there are some.
+    """
+    usable = os.sched_getaffinity(0)
+    if missing := [cpu for cpu in cpus if cpu not in usable]:
+        raise ValueError(
+            f"cpus: a process on {socket.gethostname()} may not use {_listed(missing)}; "
+            f"there are {_listed(sorted(usable))}"
+        )
+
+
+def _listed(numbers: Sequence[int]) -> str:
+    return ", ".join(map(str, numbers))
 
 
 def free_port(address: str = "") -> int:

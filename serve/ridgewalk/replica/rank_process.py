@@ -13,7 +13,7 @@ import zmq
 
 from ridgewalk.logs import configure_logging
 from ridgewalk.placement.model_spec import ModelSpec
-from ridgewalk.replica.host import free_port, memory_bytes
+from ridgewalk.replica.host import check_cpus, free_port, memory_bytes
 from ridgewalk.replica.rank_protocol import (
     Begin,
     Failed,
@@ -98,6 +98,9 @@ def _serve(launch: RankLaunch, connection: RankConnection) -> None:
     engine = launch.engine
     if engine.device == "cpu":
         os.nice(CPU_RANK_NICENESS)
+    if engine.cpus is not None:
+        check_cpus(engine.cpus)
+        os.sched_setaffinity(0, engine.cpus)  # threads to come inherit it, and collectives ask how many they may use
     memory = device_memory(engine.device)[0] if engine.device == "cuda" else memory_bytes()
     address = connection.local_address()
     fp8 = multiplies_fp8(engine.device, ModelSpec.from_folder(engine.model_path), engine.dtype)

@@ -94,6 +94,8 @@ def num_threads(config: EngineConfig, ranks_on_host: int) -> int:
     """Threads of one rank, so that the ranks of a host do not fight for its cores."""
     if config.threads_per_rank is not None:
         return config.threads_per_rank
+    if config.cpus is not None:
+        return max(1, len(config.cpus) // max(config.ranks_on_cpus, ranks_on_host))
     return max(1, num_cores() // max(config.ranks_per_host, ranks_on_host))
 
 
