@@ -2,8 +2,9 @@
 
     python -m tests.benchmarks.fidelity_this_machine FOLDER [--hardware FILE] [--repeats 3] [--out FILE]
 
-Calibrates first unless a hardware file is given. FOLDER gets the checkpoints `q50m` and `moe`. A measured run counts
-only while other programs take little of the cores; of those that count, the median is compared.
+Calibrates first unless a hardware file is given. FOLDER gets the checkpoints `q50m` and `moe`. Placements of a model
+take turns. A measured run counts only while other programs take little of the cores; of those that count, the median is
+compared.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ import random
 import statistics
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -207,17 +209,29 @@ def _counts(engine: OfflineEngine) -> tuple[int, int]:
     return counters.num_preemptions, counters.recomputed_tokens
 
 
-def measure(replicas: Replicas, repeats: int) -> tuple[list[Run], bool]:
-    """Runs that count, or if there are too few the quietest ones; and whether there were enough."""
-    replicas.run(seed=-1)
-    runs: list[Run] = []
+def measure(placements: Mapping[str, Replicas], repeats: int) -> dict[str, tuple[list[Run], bool]]:
+    """For each, runs that count, or if there are too few the quietest ones; and whether there were enough.
+
+    Placements take turns: a machine that is slower for a while is so for all of them.
+    """
+    runs: dict[str, list[Run]] = {name: [] for name in placements}
+    for replicas in placements.values():
+        replicas.run(seed=-1)
     for attempt in range(ATTEMPTS * repeats):
-        _await_quiet()
-        runs.append(replicas.run(attempt))
-        counting = [run for run in runs if run.others <= QUIET]
-        if len(counting) == repeats:
-            return counting, True
-    return sorted(runs, key=lambda run: run.others)[:repeats], False
+        for name, replicas in placements.items():
+            if len(_counting(runs[name])) < repeats:
+                _await_quiet()
+                runs[name].append(replicas.run(attempt))
+    return {
+        name: (counting, True)
+        if len(counting := _counting(some)) == repeats
+        else (sorted(some, key=lambda run: run.others)[:repeats], False)
+        for name, some in runs.items()
+    }
+
+
+def _counting(runs: Sequence[Run]) -> list[Run]:
+    return [run for run in runs if run.others <= QUIET]
 
 
 def _await_quiet(patience_s: float = 10.0) -> None:
@@ -236,15 +250,15 @@ def measure_all(folder: Path, models: Sequence[str], only: Sequence[str], repeat
     found = []
     for model in models:
         spec = ModelSpec.from_folder(folder / model)
-        for name in PLACEMENTS[model]:
-            for kv_tokens in (AMPLE, SCARCE):
-                if only and name not in only:
-                    continue
-                replicas = Replicas(folder / model, spec, parse_placement(name), kv_tokens)
-                try:
-                    runs, quiet = measure(replicas, repeats)
-                finally:
-                    replicas.close()
+        names = [name for name in PLACEMENTS[model] if not only or name in only]
+        for kv_tokens in (AMPLE, SCARCE):
+            with ExitStack() as stack:
+                running: dict[str, Replicas] = {}
+                for name in names:
+                    running[name] = Replicas(folder / model, spec, parse_placement(name), kv_tokens)
+                    stack.callback(running[name].close)
+                told = measure(running, repeats)
+            for name, (runs, quiet) in told.items():
                 found.append(Measured(model, name, kv_tokens, runs, quiet))
                 print(found[-1], file=sys.stderr, flush=True)
     return found
