@@ -157,8 +157,10 @@ def drain(url: str, again: threading.Event, timeout_s: float = DRAIN_TIMEOUT_S) 
         while (left := deadline - time.monotonic()) > 0 and not again.wait(0.05):
             try:
                 scrape = Scrape.parse(client.get(f"{url}/metrics", timeout=left).text)
-            except httpx.HTTPError:
+            except httpx.ConnectError:
                 return True  # there is nothing left to wait for
+            except httpx.HTTPError:
+                continue  # busy: above all when the time is nearly over, requests may run on
             if not scrape.total("ridgewalk_num_requests_running") + scrape.total("ridgewalk_num_requests_waiting"):
                 return True
     return again.is_set()
