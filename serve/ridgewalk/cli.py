@@ -104,7 +104,9 @@ def serve(
     gpus_per_rank: Annotated[float, typer.Option(rich_help_panel=PLACEMENT, help="Over 0, ranks run on CUDA.")] = 0.0,
     threads_per_rank: Annotated[
         int | None,
-        typer.Option(rich_help_panel=PLACEMENT, help="CPU threads of a rank. Default: the cores over the ranks."),
+        typer.Option(
+            rich_help_panel=PLACEMENT, help="CPU threads of a rank. Default: the cores (or --cpus) over the ranks."
+        ),
     ] = None,
     cpus: Annotated[
         str | None,
