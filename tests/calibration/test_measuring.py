@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import multiprocessing
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,16 +11,16 @@ import pytest
 import torch
 
 from ridgewalk.calibration.collective_probes import measure_collectives
-from ridgewalk.calibration.engine_probe import StepPoint, StepsTask, measure_steps
+from ridgewalk.calibration.engine_probe import EngineTeam, StepPoint, StepsTask
 from ridgewalk.calibration.figures import CollectiveRates
 from ridgewalk.calibration.hardware_file import with_wait
 from ridgewalk.calibration.kernel_probes import QUERY_HEADS, ROWS
 from ridgewalk.calibration.overheads import fit_overheads, fit_wait_s, predicted_s
-from ridgewalk.calibration.processes import CalibrationError, receive
 from ridgewalk.calibration.rank_probes import measure_rank
-from ridgewalk.calibration.rank_team import TeamTask, measure_team
-from ridgewalk.calibration.run import rank_counts
+from ridgewalk.calibration.rank_team import RankTeam, TeamTask
+from ridgewalk.calibration.run import MAX_PROCESSES, in_parts, rank_counts
 from ridgewalk.calibration.stopwatch import Effort, Stopwatch, lower_quartile
+from ridgewalk.calibration.team import CalibrationError, Team, Turns
 from ridgewalk.kernels.build import load_library
 from ridgewalk.parallel.communicator import Communicator
 from ridgewalk.placement.mesh import Mesh
@@ -32,8 +32,8 @@ BRIEF = Effort(samples=2, sample_s=0.0)
 
 @pytest.mark.parametrize("name", ["bfloat16", "float32"])
 def test_every_rate_of_the_kernels_is_measured(name: str) -> None:
-    task = TeamTask(1, 1, (name,), passes=2, samples=1, sample_s=0.0, cold_bytes=0)
-    found = measure_rank(task, Communicator(0, 1, None), load_library())
+    task = TeamTask(1, 1, (name,), samples=1, sample_s=0.0, cold_bytes=0)
+    found = measure_rank(task, range(2), Communicator(0, 1, None), load_library())
     rates, itemsize = found.kernels[name], getattr(torch, name).itemsize
     assert found.collectives is None
     assert tuple(rates.product_flops) == ROWS
@@ -61,23 +61,67 @@ def test_collectives_are_measured_among_ranks_and_not_by_one_alone(tmp_path: Pat
     assert measure_collectives(alone, Stopwatch(alone, BRIEF)) is None
 
 
-def test_a_team_of_processes_measures_together() -> None:
-    found = measure_team(TeamTask(2, 1, ("float32",), passes=1, samples=1, sample_s=0.0, cold_bytes=0))
-    assert [set(rank.kernels) for rank in found] == [{"float32"}] * 2
-    assert all(rank.collectives is not None for rank in found)
-
-
-def test_a_rank_that_fails_is_an_error_in_words() -> None:
-    own, others = multiprocessing.Pipe(duplex=False)
-    others.close()  # as the end of its process does
-    with pytest.raises(CalibrationError, match="rank 3 ended before it had measured anything"):
-        receive(3, own)
+def test_a_team_of_ranks_measures_together(tmp_path: Path) -> None:
+    with RankTeam(TeamTask(2, 1, ("float32",), samples=1, sample_s=0.0, cold_bytes=0), tmp_path) as team:
+        team.turn()
+        team.finish()
+    assert [set(rank.kernels) for rank in team.figures()] == [{"float32"}] * 2
+    assert all(rank.collectives is not None for rank in team.figures())
 
 
 def test_steps_of_a_small_model_are_measured_through_the_engine(tmp_path: Path) -> None:
-    points = measure_steps(StepsTask(2, 1, 1, (1, 4), num_steps=8, passes=1), tmp_path)
+    with EngineTeam(StepsTask(2, 1, 1, (1, 4), num_steps=8), tmp_path) as team:
+        team.turn()
+        team.finish()
+    points = team.points()
     assert [(point.num_layers, point.num_sequences) for point in points] == [(2, 1), (2, 4)]
     assert all(point.seconds >= 0 for point in points)  # of a model so small, steps that were ahead end together
+
+
+def count_turns(turns: Turns, log: Path, name: str) -> None:
+    number = 0
+    for number, _ in enumerate(turns, 1):
+        turns.together()
+        with log.open("a") as file:
+            file.write(f"{name}{number} ")
+    turns.tell(f"{name} had {number}".encode())
+
+
+def test_teams_take_turns_and_tell_of_all_of_them(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    pair = Team("a pair", count_turns, [(log, "a"), (log, "b")])
+    single = Team("one", count_turns, [(log, "c")])
+    with pair, single:
+        for _ in range(2):
+            pair.turn()
+            single.turn()
+        pair.finish()
+        single.finish()
+    assert (pair.told, single.told) == ([b"a had 2", b"b had 2"], [b"c had 2"])
+    assert [sorted(each) for each in zip(*[iter(log.read_text().split())] * 3, strict=True)] == [
+        ["a1", "b1", "c1"],
+        ["a2", "b2", "c2"],
+    ]
+    assert log.read_text().split()[2::3] == ["c1", "c2"]
+
+
+def end_in(turns: Turns, when: str) -> None:
+    for _ in turns if when == "turn" else ():
+        os._exit(3)
+
+
+@pytest.mark.parametrize("when", ["start", "turn"])
+def test_a_process_that_ends_is_an_error_in_words(when: str) -> None:
+    with (
+        pytest.raises(CalibrationError, match="rank 1 ended before it had measured anything"),
+        Team("two", end_in, [("turn",), (when,)]) as team,
+    ):
+        team.turn()
+
+
+def test_no_more_processes_are_alive_at_once_than_a_machine_bears() -> None:
+    sizes = [MAX_PROCESSES // 2, MAX_PROCESSES // 2, 1, 2 * MAX_PROCESSES, 3]
+    assert list(in_parts(sizes)) == [[0, 1], [2], [3], [4]]
 
 
 def points(seconds: Callable[[StepPoint], float]) -> list[StepPoint]:

@@ -5,16 +5,14 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 from itertools import pairwise
-from multiprocessing.connection import Connection
-from multiprocessing.synchronize import Barrier
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
 import msgspec
 
-from ridgewalk.calibration.processes import run_together
 from ridgewalk.calibration.stopwatch import lower_quartile
+from ridgewalk.calibration.team import Team, Turns
 from ridgewalk.engine.sampling import SamplingParams
 from ridgewalk.placement.mesh import Mesh
 from ridgewalk.replica.engine_config import EngineConfig
@@ -41,7 +39,6 @@ class StepsTask:
     tensor_parallel_size: int
     batches: tuple[int, ...]
     num_steps: int
-    passes: int
 
     @property
     def num_ranks(self) -> int:
@@ -81,29 +78,34 @@ def write_small_model(folder: Path, num_layers: int, num_ranks: int) -> Path:
     return write_checkpoint(small_shape(num_layers, num_ranks), folder, seed=0, dtype="bfloat16")
 
 
-def measure_steps(task: StepsTask, folder: Path) -> list[StepPoint]:
-    """Time of a decode step of each batch: the median over passes, the mean over replicas.
+class EngineTeam(Team):
+    """Engines that generate; schedulers and ranks run as they serve, in processes of their own.
 
-    Schedulers and ranks run as they serve, in processes of their own; ``folder`` is free for checkpoints.
-
-    Raises:
-        CalibrationError: an engine failed.
+    ``folder`` is free for checkpoints.
     """
-    model = write_small_model(folder / "model", task.num_layers, task.num_ranks)
-    told = run_together(_run_engine, [(task, str(model))] * task.replicas)
-    points = [msgspec.msgpack.decode(each, type=list[StepPoint]) for each in told]
-    return [
-        msgspec.structs.replace(same[0], seconds=fmean(point.seconds for point in same))
-        for same in zip(*points, strict=True)
-    ]
+
+    def __init__(self, task: StepsTask, folder: Path) -> None:
+        name = f"layers-{task.num_layers}-replicas-{task.replicas}-tp-{task.tensor_parallel_size}"
+        model = write_small_model(folder / name, task.num_layers, task.num_ranks)
+        about = f"steps of {task.num_layers} layers, {task.replicas} x {Mesh(tp=task.tensor_parallel_size).name}"
+        super().__init__(about, _run_engine, [(task, str(model))] * task.replicas)
+        self.num_processes = task.replicas + task.num_ranks
+
+    def points(self) -> list[StepPoint]:
+        """Time of a decode step of each batch: the median over turns, the mean over replicas. When it has finished."""
+        found = [msgspec.msgpack.decode(each, type=list[StepPoint]) for each in self.told]
+        return [
+            msgspec.structs.replace(same[0], seconds=fmean(point.seconds for point in same))
+            for same in zip(*found, strict=True)
+        ]
 
 
-def _run_engine(end: Connection, together: Barrier, task: StepsTask, model: str) -> None:
+def _run_engine(turns: Turns, task: StepsTask, model: str) -> None:
     with OfflineEngine(_config(task, model), spawn=True) as engine:
         times = []
-        for _ in range(task.passes):
+        for _ in turns:
             for batch in task.batches:
-                together.wait()
+                turns.together()
                 times.append((batch, _step_s(engine, batch, task.num_steps)))
     points = [
         StepPoint(
@@ -114,7 +116,7 @@ def _run_engine(end: Connection, together: Barrier, task: StepsTask, model: str)
         )
         for batch in task.batches
     ]
-    end.send_bytes(msgspec.msgpack.encode(points))
+    turns.tell(msgspec.msgpack.encode(points))
 
 
 def _config(task: StepsTask, model: str) -> EngineConfig:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Iterable
 from statistics import median
 from typing import TYPE_CHECKING
 
@@ -21,8 +22,10 @@ if TYPE_CHECKING:
 
 
 @torch.inference_mode()
-def measure_rank(task: TeamTask, ranks: Communicator, library: ctypes.CDLL | None) -> RankFigures:
-    """Every figure is the median over passes: what disturbs a machine for seconds disturbs one pass."""
+def measure_rank(
+    task: TeamTask, turns: Iterable[object], ranks: Communicator, library: ctypes.CDLL | None
+) -> RankFigures:
+    """Measures everything once a turn. Figures are medians: what disturbs a machine for seconds disturbs one turn."""
     stopwatch = Stopwatch(ranks, Effort(task.samples, task.sample_s))
     probes = {}
     for name in task.dtypes:
@@ -32,7 +35,7 @@ def measure_rank(task: TeamTask, ranks: Communicator, library: ctypes.CDLL | Non
         probes[name] = make_probes(kernels, dtype, task.cold_bytes)
     seconds: dict[tuple[str, str], list[float]] = {}
     collectives: list[CollectiveRates] = []
-    for _ in range(task.passes):
+    for _ in turns:
         for name, some in probes.items():
             for key, probe in some.items():
                 seconds.setdefault((name, key), []).append(stopwatch.seconds_per_call(probe.call))

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import tempfile
 from dataclasses import dataclass
-from multiprocessing.connection import Connection
-from multiprocessing.synchronize import Barrier
+from pathlib import Path
 
 import msgspec
 
 from ridgewalk.calibration.figures import RankFigures
-from ridgewalk.calibration.processes import TIMEOUT_S, run_together
+from ridgewalk.calibration.team import TIMEOUT_S, Team, Turns
 
 
 @dataclass(frozen=True)
@@ -20,25 +18,31 @@ class TeamTask:
     num_ranks: int
     num_threads: int  # of each rank
     dtypes: tuple[str, ...]
-    passes: int  # over everything: a machine is slower at some times than at others
-    samples: int  # of each figure in each pass
+    samples: int  # of each figure in a turn
     sample_s: float
     cold_bytes: int  # weights, or KV, that calls cycle through
 
 
-def measure_team(task: TeamTask) -> list[RankFigures]:
-    """Figures of every rank.
+class RankTeam(Team):
+    """Ranks that measure kernels and collectives; they meet at a file of ``folder``."""
 
-    Raises:
-        CalibrationError: a rank failed.
-    """
-    with tempfile.TemporaryDirectory() as folder:
-        meeting = f"file://{folder}/meet"
-        told = run_together(_run_rank, [(task, rank, meeting) for rank in range(task.num_ranks)])
-    return [msgspec.msgpack.decode(each, type=RankFigures) for each in told]
+    def __init__(self, task: TeamTask, folder: Path) -> None:
+        meeting = f"file://{folder}/meet-{task.num_ranks}"
+        ranks, threads = task.num_ranks, task.num_threads
+        who = f"{ranks} rank{'s' * (ranks > 1)} of {threads} thread{'s' * (threads > 1)}"
+        super().__init__(
+            f"products, attention, collectives, {who}",
+            _run_rank,
+            [(task, rank, meeting) for rank in range(task.num_ranks)],
+        )
+        self.num_processes = task.num_ranks
+
+    def figures(self) -> list[RankFigures]:
+        """Of every rank, when it has finished."""
+        return [msgspec.msgpack.decode(each, type=RankFigures) for each in self.told]
 
 
-def _run_rank(end: Connection, together: Barrier, task: TeamTask, rank: int, meeting: str) -> None:
+def _run_rank(turns: Turns, task: TeamTask, rank: int, meeting: str) -> None:
     import torch
 
     from ridgewalk.calibration.rank_probes import measure_rank
@@ -47,7 +51,7 @@ def _run_rank(end: Connection, together: Barrier, task: TeamTask, rank: int, mee
     from ridgewalk.placement.mesh import Mesh
 
     library = load_library()
-    together.wait()  # what one had to compile, the others did not wait for in a collective
+    turns.together()  # what one had to compile, the others did not wait for in a collective
     groups = make_process_groups(Mesh(task.num_ranks), rank, meeting, torch.device("cpu"), library, TIMEOUT_S)
-    end.send_bytes(msgspec.msgpack.encode(measure_rank(task, groups.tp, library)))
+    turns.tell(msgspec.msgpack.encode(measure_rank(task, turns, groups.tp, library)))
     groups.close()

@@ -5,7 +5,8 @@ from __future__ import annotations
 import resource
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,18 +15,21 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from ridgewalk import __version__
-from ridgewalk.calibration.engine_probe import StepPoint, StepsTask, measure_steps
+from ridgewalk.calibration.engine_probe import EngineTeam, StepPoint, StepsTask
 from ridgewalk.calibration.figures import CollectiveRates, RankFigures
 from ridgewalk.calibration.hardware_file import NO_OVERHEADS, as_yaml, hardware_spec, rank_rates, with_wait
 from ridgewalk.calibration.kernel_probes import COLD_BYTES
 from ridgewalk.calibration.overheads import fit_overheads, fit_wait_s
-from ridgewalk.calibration.processes import CalibrationError
-from ridgewalk.calibration.rank_team import TeamTask, measure_team
+from ridgewalk.calibration.rank_team import RankTeam, TeamTask
+from ridgewalk.calibration.team import CalibrationError
 from ridgewalk.config import ConfigError
 from ridgewalk.machine import calibration_path, cpu_name, num_cores
 from ridgewalk.placement.hardware import HardwareSpec, RankRates
 from ridgewalk.replica.host import memory_bytes
 from ridgewalk.replica.sizing import CPU_SHARE, RANK_PROCESS_BYTES
+
+MAX_PROCESSES = 48
+"""Alive at once, each with a torch of its own. More teams than that are measured one part after the other."""
 
 DISTURBED = 0.1
 """Of the cores, taken by other programs: from here on the figures are not the machine's."""
@@ -36,7 +40,7 @@ class Extent:
     """How much is measured. The defaults take a minute and a half on two cores."""
 
     dtypes: tuple[str, ...] = ("bfloat16", "float16", "float32")
-    passes: int = 5
+    turns: int = 5
     samples: int = 3
     sample_s: float = 0.012
     cold_bytes: int = COLD_BYTES
@@ -51,16 +55,15 @@ def run_calibration(out: Path | None) -> None:
     _check_writable(path)
     began, busy, own = time.monotonic(), _busy_s(), _own_s()
     with Progress(TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), console=console) as progress:
-        task = progress.add_task("", total=num_stages(num_cores()))
+        task = progress.add_task("", total=None)
 
-        def tell(stage: str) -> None:
-            progress.update(task, description=stage, advance=0 if progress.tasks[task].description == "" else 1)
+        def tell(stage: str, done: int, total: int) -> None:
+            progress.update(task, description=stage, completed=done, total=total)
 
         try:
             hardware = measure_machine(num_cores(), Extent(), tell)
         except CalibrationError as error:
             raise ConfigError(f"this machine could not be measured: {error}") from None
-        progress.update(task, completed=num_stages(num_cores()))
     seconds = time.monotonic() - began
     others = max(0.0, (_busy_s() - busy - (_own_s() - own)) / seconds / (psutil.cpu_count() or 1))
     note = (
@@ -77,59 +80,81 @@ def run_calibration(out: Path | None) -> None:
     console.print(f"use it with: ridgewalk plan --hardware {given} --model MODEL", markup=False, highlight=False)
 
 
-def num_stages(cores: int) -> int:
-    """Steps of progress."""
-    return 2 * len(rank_counts(cores)) + (cores > 1)
-
-
 def rank_counts(cores: int) -> list[int]:
     """Numbers of ranks that are measured: powers of two, and one rank a core."""
     return sorted({1 << power for power in range(cores.bit_length()) if 1 << power <= cores} | {cores})
 
 
-def measure_machine(cores: int, extent: Extent, tell: Callable[[str], None]) -> HardwareSpec:
-    """All of it. ``tell`` is called as each stage begins.
+def measure_machine(cores: int, extent: Extent, tell: Callable[[str, int, int], None]) -> HardwareSpec:
+    """All of it. ``tell`` hears what is done next, and how many of how many parts are done.
 
     Raises:
         CalibrationError: a rank failed.
     """
-    teams: dict[int, list[RankFigures]] = {}
-    steps: dict[int, list[StepPoint]] = {}
-    for ranks in rank_counts(cores):
-        threads = cores // ranks
-        who = f"{ranks} rank{'s' * (ranks > 1)} of {threads} thread{'s' * (threads > 1)}"
-        tell(f"products, attention, collectives: {who}")
-        task = TeamTask(
-            ranks, threads, extent.dtypes, extent.passes, extent.samples, extent.sample_s, extent.cold_bytes
-        )
-        teams[ranks] = measure_team(task)
-        tell(f"steps of small models: {who}")
-        steps[ranks] = _steps(extent, ranks, 1)
-    bare = _describe(teams, {ranks: rank_rates(figures, NO_OVERHEADS) for ranks, figures in teams.items()})
-    rates = {
-        ranks: rank_rates(figures, fit_overheads(steps[ranks], bare.shared_by(ranks), ranks))
-        for ranks, figures in teams.items()
-    }
-    hardware = _describe(teams, rates)
-    if cores > 1:
-        tell(f"steps of small models: {cores} ranks, tensor-parallel")
-        hardware = with_wait(hardware, fit_wait_s(_steps(extent, 1, cores), hardware, cores))
-    return hardware
+    counts = rank_counts(cores)
+    with tempfile.TemporaryDirectory() as folder:
+        kernels = {ranks: _rank_team(extent, cores, ranks, Path(folder)) for ranks in counts}
+        engines = {ranks: _engine_teams(extent, ranks, 1, Path(folder)) for ranks in counts}
+        lockstep = _engine_teams(extent, 1, cores, Path(folder)) if cores > 1 else []
+        teams = [*kernels.values(), *(team for some in engines.values() for team in some), *lockstep]
+        _measure(teams, extent.turns, tell)
+    figures = {ranks: team.figures() for ranks, team in kernels.items()}
+    bare = _describe(figures, {ranks: rank_rates(found, NO_OVERHEADS) for ranks, found in figures.items()})
+    rates = {}
+    for ranks, found in figures.items():
+        overheads = fit_overheads(_points(engines[ranks]), bare.shared_by(ranks), ranks)
+        rates[ranks] = rank_rates(found, overheads)
+    hardware = _describe(figures, rates)
+    return with_wait(hardware, fit_wait_s(_points(lockstep), hardware, cores)) if lockstep else hardware
 
 
-def _steps(extent: Extent, replicas: int, tp: int) -> list[StepPoint]:
-    points = []
-    for layers in extent.layers:
-        with tempfile.TemporaryDirectory() as folder:
-            task = StepsTask(layers, replicas, tp, extent.batches, extent.num_steps, extent.passes)
-            points += measure_steps(task, Path(folder))
-    return points
+def _rank_team(extent: Extent, cores: int, ranks: int, folder: Path) -> RankTeam:
+    task = TeamTask(ranks, cores // ranks, extent.dtypes, extent.samples, extent.sample_s, extent.cold_bytes)
+    return RankTeam(task, folder)
 
 
-def _describe(teams: dict[int, list[RankFigures]], rates: dict[int, RankRates]) -> HardwareSpec:
-    cores = max(teams)
+def _engine_teams(extent: Extent, replicas: int, tp: int, folder: Path) -> list[EngineTeam]:
+    tasks = [StepsTask(layers, replicas, tp, extent.batches, extent.num_steps) for layers in extent.layers]
+    return [EngineTeam(task, folder) for task in tasks]
+
+
+def _points(teams: Sequence[EngineTeam]) -> list[StepPoint]:
+    return [point for team in teams for point in team.points()]
+
+
+def _measure(teams: Sequence[RankTeam | EngineTeam], turns: int, tell: Callable[[str, int, int], None]) -> None:
+    done, total = 0, len(teams) * (1 + turns)
+    for some in in_parts([team.num_processes for team in teams]):
+        with ExitStack() as stack:
+            for number in some:
+                tell(f"starting: {teams[number].about}", done, total)
+                stack.enter_context(teams[number])
+                done += 1
+            for turn in range(turns):
+                for number in some:
+                    tell(f"turn {turn + 1} of {turns}: {teams[number].about}", done, total)
+                    teams[number].turn()
+                    done += 1
+            for number in some:
+                teams[number].finish()
+    tell("done", total, total)
+
+
+def in_parts(sizes: Sequence[int]) -> Iterator[list[int]]:
+    """Indices of teams that are measured in turns with each other, by their numbers of processes."""
+    part: list[int] = []
+    for index, size in enumerate(sizes):
+        if part and sum(sizes[other] for other in part) + size > MAX_PROCESSES:
+            yield part
+            part = []
+        part.append(index)
+    yield part
+
+
+def _describe(figures: dict[int, list[RankFigures]], rates: dict[int, RankRates]) -> HardwareSpec:
+    cores = max(figures)
     about = f"{cpu_name()}, {cores} core{'s' * (cores > 1)}, {memory_bytes() / 2**30:.1f} GiB"
-    collectives: list[CollectiveRates] = [rank.collectives for rank in teams[cores] if rank.collectives is not None]
+    collectives: list[CollectiveRates] = [rank.collectives for rank in figures[cores] if rank.collectives is not None]
     return hardware_spec(about, memory_bytes(), CPU_SHARE, RANK_PROCESS_BYTES, rates, collectives)
 
 
