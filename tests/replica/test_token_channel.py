@@ -200,6 +200,31 @@ async def until(condition: Callable[[], bool]) -> None:
         await asyncio.sleep(0.005)
 
 
+def test_an_ingress_that_attaches_right_after_it_was_introduced_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = SchedulerConfig(num_blocks=64, block_size=BLOCK_SIZE, max_model_len=128, max_num_seqs=4)
+    loop = EngineLoop(config, FakeExecutor(BLOCK_SIZE), Recorder(), "127.0.0.1", 100)
+    drain = loop._commands.drain
+    with zmq.Context() as context, context.socket(zmq.DEALER) as ingress:
+        ingress.setsockopt(zmq.LINGER, 0)
+
+        def drain_and_see_it_come() -> list[object]:
+            commands = drain()
+            if not loop._channel.introductions():
+                loop.introduce(Introduction("ingress", "secret", "127.0.0.1:9"))
+                ingress.connect(loop.endpoint)
+                ingress.send(msgspec.msgpack.encode(Attach("ingress", "secret")))
+                assert loop._channel.socket.poll(60_000)
+            return commands
+
+        monkeypatch.setattr(loop._commands, "drain", drain_and_see_it_come)
+        loop._turn()
+        monkeypatch.undo()
+        loop._turn()
+        assert loop._channel.is_attached("ingress")
+        loop._channel.close()
+        loop._context.term()
+
+
 async def test_every_token_of_every_sequence_arrives_once(connect: Connect) -> None:
     pool, _ = await connect()
     prompts = [[1, 2, 3], [4], [5, 6, 7, 8, 9, 10]]

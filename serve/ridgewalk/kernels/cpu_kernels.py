@@ -26,7 +26,7 @@ class CpuKernels(CpuExpertKernels, CpuLatentKernels):
         self._pool = library.rw_pool_create(num_threads)
         CpuExpertKernels.__init__(self, library, self._pool)
         CpuLatentKernels.__init__(self, library, self._pool)
-        weakref.finalize(self, library.rw_pool_destroy, POINTER(self._pool))
+        self._end_threads = weakref.finalize(self, library.rw_pool_destroy, POINTER(self._pool))
         self._packed_size = library.rw_packed_size
         self._packed_size.argtypes, self._packed_size.restype = [INT64, INT64, INT], INT64
         rows = [INT64] * 2 + [INT, POINTER]  # rows, width, dtype, pool
@@ -44,6 +44,10 @@ class CpuKernels(CpuExpertKernels, CpuLatentKernels):
         )
         self._decode_attention = declare(library.rw_decode_attention, attention)
         self._prefill_attention = declare(library.rw_prefill_attention, attention)
+
+    def close(self) -> None:
+        """See `KernelSet.close`."""
+        self._end_threads()
 
     def needs_torch_threads(self, dtype: torch.dtype) -> bool:
         """See `KernelSet.needs_torch_threads`."""

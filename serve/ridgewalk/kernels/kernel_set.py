@@ -62,6 +62,9 @@ class KernelSet(ExpertKernels, LatentKernels, Protocol):
 
     name: str
 
+    def close(self) -> None:
+        """End the threads. Nothing may be called any more."""
+
     def needs_torch_threads(self, dtype: torch.dtype) -> bool:
         """True when torch's own operations do the heavy work; else its threads would only get in the way of ours."""
 

@@ -22,6 +22,9 @@ class TorchKernels(TorchExpertKernels, TorchLatentKernels):
         """``fp8_linear``: the product with weights that are kept in FP8."""
         self._fp8_linear = fp8_linear
 
+    def close(self) -> None:
+        """See `KernelSet.close`. There are none."""
+
     def needs_torch_threads(self, dtype: torch.dtype) -> bool:
         """See `KernelSet.needs_torch_threads`."""
         return True

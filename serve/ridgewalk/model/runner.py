@@ -202,7 +202,11 @@ class ModelRunner:
         return self._timings
 
     def close(self) -> None:
-        """Leave the process groups."""
+        """End the kernels' threads and leave the process groups.
+
+        Not left to the collector: a signal that comes while it ends threads would be reported as an ignored exception.
+        """
+        self._kernels.close()
         self._groups.close()
 
     def _compute(self, batch: GroupBatch, rows: np.ndarray) -> GroupOutput:

@@ -77,17 +77,26 @@ class ChannelServer:
         """Accept an ingress; it came through Ray, so it is one of ours."""
         self._ingresses[introduction.ingress_id] = _Ingress(introduction, now)
 
-    def receive(self, now: float) -> list[tuple[str, Finish | Resend | MetricsQuery]]:
-        """What attached ingresses ask for, with their ids. Never waits."""
-        requests: list[tuple[str, Finish | Resend | MetricsQuery]] = []
+    def receive(self) -> list[tuple[bytes, ToReplica]]:
+        """Messages that came, with the routing ids of who sent them. Never waits."""
+        messages: list[tuple[bytes, ToReplica]] = []
         while True:
             try:
                 frames = self.socket.recv_multipart(zmq.NOBLOCK)
             except zmq.Again:
-                return requests
+                return messages
             message = decode_stranger(self._decoder, frames)
             if message is not None:
-                self._take(frames[0], message, now, requests)
+                messages.append((frames[0], message))
+
+    def accept(
+        self, messages: list[tuple[bytes, ToReplica]], now: float
+    ) -> list[tuple[str, Finish | Resend | MetricsQuery]]:
+        """What attached ingresses ask for, with their ids; who is unknown is ignored."""
+        requests: list[tuple[str, Finish | Resend | MetricsQuery]] = []
+        for routing_id, message in messages:
+            self._take(routing_id, message, now, requests)
+        return requests
 
     def send(
         self, ingress_id: str, chunks: list[TokenChunk], load: LoadReport, metrics: ReplicaMetrics | None = None

@@ -38,6 +38,7 @@ from ridgewalk.replica.protocol import (
     SequenceEnd,
     SequenceSpec,
     TokenChunk,
+    ToReplica,
 )
 from ridgewalk.replica.waiting_limit import WaitingLimit
 
@@ -180,8 +181,9 @@ class EngineLoop:
 
     def _turn(self) -> None:
         now = time.monotonic()
+        messages = self._channel.receive()  # before the commands: who is introduced, and attaches at once, is known
         self._take_commands(now)
-        self._take_channel(now)
+        self._take_messages(messages, now)
         results = self._core.pump()
         self._note_admissions()
         self._deliver(results, time.monotonic())
@@ -247,8 +249,8 @@ class EngineLoop:
         self._owners[request.seq_id] = record
         self._awaiting_admission.append(request)
 
-    def _take_channel(self, now: float) -> None:
-        for ingress_id, message in self._channel.receive(now):
+    def _take_messages(self, messages: list[tuple[bytes, ToReplica]], now: float) -> None:
+        for ingress_id, message in self._channel.accept(messages, now):
             if isinstance(message, MetricsQuery):
                 self._channel.send(ingress_id, [], self._load(), self._metrics(message.number))
                 continue
