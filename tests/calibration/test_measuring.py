@@ -106,15 +106,18 @@ def test_teams_take_turns_and_tell_of_all_of_them(tmp_path: Path) -> None:
 
 
 def end_in(turns: Turns, when: str) -> None:
-    for _ in turns if when == "turn" else ():
+    if when == "start":
         os._exit(3)
+    for _ in turns:
+        if when == "turn":
+            os._exit(3)
 
 
 @pytest.mark.parametrize("when", ["start", "turn"])
 def test_a_process_that_ends_is_an_error_in_words(when: str) -> None:
     with (
         pytest.raises(CalibrationError, match="rank 1 ended before it had measured anything"),
-        Team("two", end_in, [("turn",), (when,)]) as team,
+        Team("two", end_in, [("never",), (when,)]) as team,
     ):
         team.turn()
 
