@@ -4,6 +4,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
+# A service is a dozen processes that import the same modules. Where this is set (containers often do) each of them
+# compiles every module anew, which takes as long as all the rest of the start.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: demo watch test lint dashboards clean
 .DEFAULT_GOAL := demo
 
