@@ -1,8 +1,9 @@
 """Skewed load on mixed placements, for real: a small load like `bench_routing`'s, over HTTP on this machine's ranks.
 
-``python -m tests.benchmarks.bench_routing_ranks MODEL [--rate 2] [--short 25] [--memory 130MiB]`` serves MODEL as 2 x
-TP1 beside TP2, once for each routing policy, and sends each the very same requests at the same Poisson arrivals. Each
-placement has a core of its own for its two ranks; with ``--cores shared`` all four ranks have the same two.
+``python -m tests.benchmarks.bench_routing_ranks MODEL [--rate 2] [--short 25] [--memory 130MiB]`` serves MODEL as TP1
+beside TP2, once for each routing policy, and sends each the very same requests at the same Poisson arrivals. Each
+placement has a core of its own for its ranks; with ``--cores shared`` all ranks have the same ones. ``--singles 2`` are
+two replicas of TP1, which then slow each other down.
 
 All send the same ``max_tokens``: a request ends where ``min_tokens`` stops forbidding an end that ``logit_bias`` wants,
 and neither router nor scheduler reads those. *Shown*: the long send ``reasoning_effort`` high, the others low.
@@ -35,10 +36,11 @@ TTFT_S = 2.0
 MAX_TOKENS = 800
 """Of every request, whatever it writes."""
 
-PLACEMENTS: Mapping[str, Sequence[Mapping[str, object]]] = {
-    "shared": ({"replicas": 2}, {"tensor_parallel_size": 2}),
-    "apart": ({"replicas": 2, "cpus": 0}, {"tensor_parallel_size": 2, "cpus": 1}),
-}
+
+def placements(singles: int, cores: str) -> list[Mapping[str, object]]:
+    """What is served: replicas of one rank, and one of two."""
+    single, pair = {"replicas": singles}, {"tensor_parallel_size": 2}
+    return [single, pair] if cores == "shared" else [{**single, "cpus": 0}, {**pair, "cpus": 1}]
 
 
 @dataclass(frozen=True)
@@ -134,7 +136,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
     parser.add_argument("--memory", default="130MiB", help="of each rank, for weights and KV cache")
-    parser.add_argument("--cores", choices=PLACEMENTS, default="apart", help="between the placements")
+    parser.add_argument("--singles", type=int, default=1, help="replicas of one rank")
+    parser.add_argument("--cores", choices=["apart", "shared"], default="apart", help="between the placements")
     parser.add_argument("--rate", type=float, default=2.0, help="requests a second")
     parser.add_argument("--short", type=int, default=25, help="median output tokens of nine requests in ten")
     parser.add_argument("--requests", type=int, default=300)
@@ -153,7 +156,8 @@ def main() -> None:
     for seed in arguments.seeds:
         load = make_load(arguments.rate, arguments.short, arguments.requests, seed)
         for mode in modes(arguments.routings, arguments.ask_ms):
-            config = configuration(arguments.model, PLACEMENTS[arguments.cores], arguments.memory, routing=mode.routing)
+            shapes = placements(arguments.singles, arguments.cores)
+            config = configuration(arguments.model, shapes, arguments.memory, routing=mode.routing)
             with tempfile.TemporaryDirectory() as folder, live_service(Path(folder), config) as service:
                 done = asyncio.run(drive(service.url, arguments.model.name, eos, load, mode))
                 print(row(f"{mode.name}, seed {seed}", done, tpots_s, service), flush=True)

@@ -24,7 +24,9 @@ def figures(factor: float = 1.0, alone: bool = True) -> RankFigures:
         latent_attention_flops=30e9 * factor,
         value_s=1e-8 / factor,
     )
-    return RankFigures({"bfloat16": rates, "float32": rates}, None if alone else CollectiveRates(4e-6, 3e9, 1e-5, 7e9))
+    return RankFigures(
+        {"bfloat16": rates, "float32": rates}, None if alone else CollectiveRates(4e-6, 3e9, 1e-5, 7e9, 0.04)
+    )
 
 
 def machine() -> HardwareSpec:

@@ -50,15 +50,29 @@ def test_every_rate_of_the_kernels_is_measured(name: str) -> None:
 
 def test_collectives_are_measured_among_ranks_and_not_by_one_alone(tmp_path: Path) -> None:
     def work(groups, rank):
-        return measure_collectives(groups.tp, Stopwatch(groups.tp, BRIEF))
+        return measure_collectives(groups.tp, Stopwatch(groups.tp, BRIEF), lambda: sum(range(1000)))
 
     found = run_threads(work, Mesh(2), tmp_path)
     assert len(found) == 2
     for rates in found.values():
         assert isinstance(rates, CollectiveRates), rates
-        assert min(msgspec.structs.astuple(rates)) > 0
+        assert min(msgspec.structs.astuple(rates)[:-1]) > 0
     alone = Communicator(0, 1, None)
-    assert measure_collectives(alone, Stopwatch(alone, BRIEF)) is None
+    assert measure_collectives(alone, Stopwatch(alone, BRIEF), list) is None
+
+
+def test_what_ranks_straggle_is_what_computing_takes_longer_with_a_collective_after_it() -> None:
+    reduced, exchanged, alone, together = [1e-4, 2e-4], [3e-4, 5e-4], 1e-3, 1.4e-3
+    told = iter([*reduced, *exchanged, alone, together])
+
+    class Told(Stopwatch):
+        def seconds_together(self, call: Callable[[], object], calls: int) -> float:
+            return next(told)
+
+    pair = Communicator(0, 2, None)
+    rates = measure_collectives(pair, Told(pair, BRIEF), list)
+    assert rates is not None
+    assert (rates.all_reduce_latency_s, rates.all_to_all_latency_s, rates.straggle) == pytest.approx((1e-4, 3e-4, 0.3))
 
 
 def test_a_team_of_ranks_measures_together(tmp_path: Path) -> None:

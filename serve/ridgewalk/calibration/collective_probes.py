@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from ridgewalk.calibration.figures import CollectiveRates
@@ -12,12 +14,17 @@ WIDTH = 512
 FEW_ROWS, MANY_ROWS = 2, 512
 """BF16 rows of `WIDTH` in an exchange: 2 KiB and 512 KiB."""
 
-CALLS = 64
-"""In a row, as a sample."""
+CALLS, COMPUTING_CALLS = 64, 8
+"""In a row, as a sample: of collectives alone, and of products between them."""
 
 
-def measure_collectives(ranks: Communicator, stopwatch: Stopwatch) -> CollectiveRates | None:
-    """Latency: seconds of an exchange of few rows; bandwidth: what many rows take beyond it. None without peers."""
+def measure_collectives(
+    ranks: Communicator, stopwatch: Stopwatch, compute: Callable[[], object]
+) -> CollectiveRates | None:
+    """Latency: seconds of an exchange of few rows; bandwidth: what many rows take beyond it. None without peers.
+
+    ``compute`` is what ranks do between collectives: then each waits for the last, and a core's pace is not even.
+    """
     if ranks.size == 1:
         return None
     reduced = [_all_reduce_s(ranks, stopwatch, rows) for rows in (FEW_ROWS, MANY_ROWS)]
@@ -28,7 +35,21 @@ def measure_collectives(ranks: Communicator, stopwatch: Stopwatch) -> Collective
         all_reduce_bandwidth=2 * share * beyond / max(1e-9, reduced[1] - reduced[0]),
         all_to_all_latency_s=exchanged[0],
         all_to_all_bandwidth=share * beyond / max(1e-9, exchanged[1] - exchanged[0]),
+        straggle=_straggle(ranks, stopwatch, compute, reduced[0]),
     )
+
+
+def _straggle(ranks: Communicator, stopwatch: Stopwatch, compute: Callable[[], object], all_reduce_s: float) -> float:
+    """Under 0 where the ranks' pace changed meanwhile: the median over turns is what counts."""
+    values = torch.zeros(FEW_ROWS, WIDTH, dtype=torch.bfloat16)
+
+    def meet() -> None:
+        compute()
+        ranks.all_reduce(values)
+
+    alone = stopwatch.seconds_together(compute, COMPUTING_CALLS)
+    together = stopwatch.seconds_together(meet, COMPUTING_CALLS)
+    return (together - all_reduce_s) / alone - 1
 
 
 def _all_reduce_s(ranks: Communicator, stopwatch: Stopwatch, rows: int) -> float:

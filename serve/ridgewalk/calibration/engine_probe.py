@@ -11,7 +11,6 @@ from typing import Any
 
 import msgspec
 
-from ridgewalk.calibration.stopwatch import lower_quartile
 from ridgewalk.calibration.team import Team, Turns
 from ridgewalk.engine.sampling import SamplingParams
 from ridgewalk.placement.mesh import Mesh
@@ -85,10 +84,9 @@ class EngineTeam(Team):
     """
 
     def __init__(self, task: StepsTask, folder: Path) -> None:
-        name = f"layers-{task.num_layers}-replicas-{task.replicas}-tp-{task.tensor_parallel_size}"
+        name = f"{task.num_layers} layers, {task.replicas} x {Mesh(tp=task.tensor_parallel_size).name}"
         model = write_small_model(folder / name, task.num_layers, task.num_ranks)
-        about = f"steps of {task.num_layers} layers, {task.replicas} x {Mesh(tp=task.tensor_parallel_size).name}"
-        super().__init__(about, _run_engine, [(task, str(model))] * task.replicas)
+        super().__init__(f"steps of {name}", _run_engine, [(task, str(model))] * task.replicas)
         self.num_processes = task.replicas + task.num_ranks
 
     def points(self) -> list[StepPoint]:
@@ -138,7 +136,7 @@ def _config(task: StepsTask, model: str) -> EngineConfig:
 
 
 def _step_s(engine: OfflineEngine, batch: int, num_steps: int) -> float:
-    """Lower quartile of all steps after the first few."""
+    """The mean of all steps after the first few: throughput is made of the slow ones too."""
     sampling = SamplingParams(max_tokens=num_steps, temperature=0.0)
     for number in range(batch):
         engine.core.add(str(number), 0, [(number * PROMPT + at) % VOCABULARY for at in range(PROMPT)], sampling)
@@ -148,4 +146,4 @@ def _step_s(engine: OfflineEngine, batch: int, num_steps: int) -> float:
         if engine.core.has_work:
             engine.executor.wait(1.0)
     gaps = [later - earlier for earlier, later in pairwise(ends)]
-    return lower_quartile(gaps[4:])
+    return fmean(gaps[4:])

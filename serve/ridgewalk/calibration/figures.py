@@ -23,6 +23,7 @@ class CollectiveRates(msgspec.Struct, frozen=True):
     all_reduce_bandwidth: float  # bytes/s; an all-reduce of n bytes counts as 2 (ranks - 1) / ranks n
     all_to_all_latency_s: float
     all_to_all_bandwidth: float  # bytes/s that leave a rank
+    straggle: float  # of what ranks compute between two collectives: how much longer the last takes than a rank alone
 
 
 class RankFigures(msgspec.Struct, frozen=True):

@@ -19,7 +19,7 @@ HOW: Mapping[str, str] = {
     "memory_bytes": "bytes; the machine's, divided by its cores",
     "memory_bandwidth": "bytes/s of weights that one rank reads while all do: products of one row, whose "
     f"{kernel_probes.COLD_BYTES >> 20} MiB of weights no cache holds",
-    "flops": f"FLOP/s of one rank by dtype, while all compute: {kernel_probes.SIDE} x {kernel_probes.SIDE} weights "
+    "flops": f"FLOP/s of one rank by dtype, while all compute: {2 * kernel_probes.SIDE} x {kernel_probes.SIDE} weights "
     "times the number of rows that is fastest",
     "product_shares": "of flops, reached with so many rows; weights are read from memory each time",
     "attention_bandwidth": "bytes/s of KV that one rank reads in decode, while all do, by query heads per KV head: "
@@ -32,6 +32,8 @@ HOW: Mapping[str, str] = {
     f"what {collective_probes.MANY_ROWS} KiB take beyond it, counted as 2 (n - 1) / n of them; in latency_s also what "
     "an all-reduce takes longer in decode steps of small models than alone, as ranks wait for each other",
     "all_to_all": "the same of an all-to-all in equal parts, counted as (n - 1) / n; ranks wait as for an all-reduce",
+    "straggle": "of what ranks compute between two collectives, by how much the last is behind a rank alone: products "
+    "of 8 rows with an all-reduce after each",
     "bandwidth_efficiency": "rates above are those reached",
     "flops_efficiency": "likewise",
     "link_efficiency": "likewise",
@@ -115,6 +117,7 @@ def hardware_spec(
         flops_efficiency=1.0,
         link_efficiency=1.0,
         stage_overhead_s=link.latency_s if link else 0.0,
+        straggle=max(0.0, fmean(each.straggle for each in collectives)) if collectives else 0.0,
         device="cpu",
         host_shares_cores=True,
         memory_share=memory_share,

@@ -19,7 +19,11 @@ COLD_BYTES = 96 * 2**20
 """Weights, or KV, that calls cycle through: more than the last cache of the CPUs that we know, as a model's are."""
 
 SIDE = 1024
-"""Of the weights of a product, which are square. With 512 x 1024 to 2048 x 2048 rates differed by under a fifth."""
+"""Columns of a product's weights, and half of their rows.
+
+Beside a time for each weight a call has one of its own: with two threads, 14 us where a product of 1024 x 1024 takes
+117. That is a layer's overhead, and among the rates it would make one rank of many threads look slower than it is.
+"""
 
 KV_HEADS, HEAD_DIM, BLOCK_SIZE = 4, 64, 16
 SEQUENCES, CONTEXT = 16, 512
@@ -58,7 +62,7 @@ def kernel_rates(rates: Mapping[str, float], dtype: torch.dtype) -> KernelRates:
 
 def _products(kernels: KernelSet, dtype: torch.dtype, cold_bytes: int) -> dict[int, Probe]:
     """Products of so many rows with weights that no cache holds."""
-    weight = torch.randn(SIDE, SIDE).to(dtype)
+    weight = torch.randn(2 * SIDE, SIDE).to(dtype)
     count = max(2, cold_bytes // (weight.numel() * weight.element_size()))
     matrices = cycle([kernels.pack(weight) for _ in range(count)])
     return {rows: _product(kernels, matrices, rows, dtype) for rows in ROWS}
@@ -66,7 +70,7 @@ def _products(kernels: KernelSet, dtype: torch.dtype, cold_bytes: int) -> dict[i
 
 def _product(kernels: KernelSet, matrices: cycle[Matrix], rows: int, dtype: torch.dtype) -> Probe:
     x = torch.randn(rows, SIDE).to(dtype)
-    return Probe(2 * rows * SIDE * SIDE, lambda: kernels.linear(x, next(matrices)))
+    return Probe(4 * rows * SIDE * SIDE, lambda: kernels.linear(x, next(matrices)))
 
 
 def _decodes(kernels: KernelSet, dtype: torch.dtype, cold_bytes: int) -> dict[int, Probe]:

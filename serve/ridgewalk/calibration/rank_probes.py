@@ -17,6 +17,9 @@ from ridgewalk.calibration.stopwatch import Effort, Stopwatch
 from ridgewalk.kernels.select import select_kernels
 from ridgewalk.parallel.communicator import Communicator
 
+BETWEEN_COLLECTIVES = "product 8"
+"""What ranks compute there: about what a layer of a small model takes."""
+
 if TYPE_CHECKING:
     from ridgewalk.calibration.rank_team import TeamTask
 
@@ -39,7 +42,8 @@ def measure_rank(
         for name, some in probes.items():
             for key, probe in some.items():
                 seconds.setdefault((name, key), []).append(stopwatch.seconds_per_call(probe.call))
-        if (rates := measure_collectives(ranks, stopwatch)) is not None:
+        compute = probes[task.dtypes[0]][BETWEEN_COLLECTIVES].call
+        if (rates := measure_collectives(ranks, stopwatch, compute)) is not None:
             collectives.append(rates)
     kernels_by_dtype = {
         name: kernel_rates(

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from statistics import NormalDist
 from typing import NamedTuple
 
 from ridgewalk.placement import parameters
@@ -44,6 +45,7 @@ class StepTime(NamedTuple):
     launch: float = 0.0  # kernels that follow each other
     send: float = 0.0  # to the next stage, and taking over from the one before
     ranks: float = 0.0  # messages to several ranks, and waiting for the last of them to begin
+    straggle: float = 0.0  # waiting in collectives for the slowest of the ranks that meet there
 
     @property
     def total(self) -> float:
@@ -82,6 +84,9 @@ class CostModel:
         self._ep = mesh.dp * mesh.tp if mesh.expert_parallel else 1
         self._products = _by_rows(hardware.product_shares.get(product_dtype, {}))
         self._describe_attention()
+        self._busiest = greatest_of_normals(self._ep)
+        meeting = greatest_of_normals(max(mesh.tp, self._ep if spec.moe else 1))
+        self._straggle = hardware.straggle * meeting / (greatest_of_normals(hardware.devices_per_node) or 1.0)
         self._expert_stretch = self._stretch_of_experts()
         stages = self._describe_stages()
         self._kinds = list(dict.fromkeys(stages))  # most stages of a pipeline are alike
@@ -138,20 +143,23 @@ class CostModel:
         values = tokens * self.spec.hidden_size
         launch = stage.num_layers * (hardware.layer_overhead_s + values * hardware.value_overhead_s)
         launch += stage.num_sparse * hardware.sparse_layer_overhead_s
-        return StepTime(weights, products, attention, all_reduce, dispatch, launch, send, ranks)
+        straggle = self._straggle * (weights + products + attention + launch)
+        return StepTime(weights, products, attention, all_reduce, dispatch, launch, send, ranks, straggle)
 
     def _expert_times(self, stage: _Stage, tokens: float) -> tuple[float, float]:
         """Reading and computing the routed experts of all sparse layers, on the busiest rank.
 
-        Tokens choose evenly: of E experts, T tokens with k choices each touch E (1 - (1 - k/E)^T), and the rows of the
-        busiest of n ranks exceed the mean m by about sqrt(2 m ln n) (maximum of n Poisson counts).
+        Tokens choose evenly: of E experts, T tokens with k choices each touch E (1 - (1 - k/E)^T). The busiest of n
+        ranks has more experts to read and more rows than the mean: by the standard deviation (binomial, Poisson) times
+        the expected maximum of n normal variables, which counts of few tokens make the most of.
         """
         moe = self.spec.moe
         assert moe is not None
-        touched = stage.slots * (1 - (1 - moe.top_k / moe.num_experts) ** tokens)
+        untouched = (1 - moe.top_k / moe.num_experts) ** tokens
+        touched = stage.slots * (1 - untouched)
+        touched = min(stage.slots, touched + self._busiest * math.sqrt(touched * untouched))
         rows = tokens * moe.top_k / self._ep
-        if self._ep > 1:
-            rows += math.sqrt(2 * rows * math.log(self._ep))
+        rows += self._busiest * math.sqrt(rows)
         reading = stage.num_sparse * touched * stage.expert_bytes * self._expert_stretch / self._bandwidth
         alike = max(1.0, touched)  # products of as many rows each
         return reading, stage.num_sparse * alike * self._product_s(stage.expert_flops, rows / alike)
@@ -229,3 +237,8 @@ class CostModel:
 def _by_rows(shares: Mapping[int, float]) -> MeasuredCurve | None:
     """Rows at full rate that take the time of so many; None where every product has the full rate."""
     return MeasuredCurve.of({rows: rows / share for rows, share in shares.items()}) if shares else None
+
+
+def greatest_of_normals(count: int) -> float:
+    """Expected maximum of so many standard normal variables, by Blom's approximation (1958)."""
+    return NormalDist().inv_cdf((count - 0.375) / (count + 0.25)) if count > 1 else 0.0

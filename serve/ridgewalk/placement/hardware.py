@@ -79,6 +79,8 @@ class HardwareSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     # heads per KV head; none: the memory's
     attention_flops: dict[str, _Positive] = {}  # FLOP/s of attention of a prompt; none: as products
     latent_attention_flops: dict[str, _Positive] = {}  # the same over latents (MLA), decode too
+    straggle: _NotNegative = 0.0  # of what ranks compute between two collectives: by how much the last of a node's
+    # ranks takes longer than a rank does alone. Fewer ranks wait less, as the expected maximum of so many normals
     value_overhead_s: _NotNegative = (
         0.0  # of one value of a token's hidden state in one layer: norms, rotation, activation
     )

@@ -6,7 +6,7 @@ from ridgewalk.planning.planner import Candidate
 from ridgewalk.planning.simulator import Outcome
 from ridgewalk.routing.latency_slo import NO_SLO, LatencySlo
 
-SYNCHRONIZATION = ("all_reduce", "dispatch_combine", "send", "ranks")
+SYNCHRONIZATION = ("all_reduce", "dispatch_combine", "send", "ranks", "straggle")
 NOTABLE = 0.05
 """A share of the time, or a difference of shares, worth a word."""
 
@@ -19,6 +19,7 @@ TERMS = {
     "launch": "starting kernels",
     "send": "handing over to the next stage",
     "ranks": "telling the ranks, and waiting for the last to begin",
+    "straggle": "waiting in collectives for the slowest rank",
     "host": "the host between steps",
     "idle": "idle: finished early, or waiting for a stage, for the host or for requests",
 }
