@@ -10,6 +10,7 @@ compared.
 from __future__ import annotations
 
 import argparse
+import math
 import multiprocessing
 import random
 import statistics
@@ -108,7 +109,7 @@ def blocks_per_group(kv_tokens: int, shape: Shape) -> int:
 def predict(spec: ModelSpec, hardware: HardwareSpec, placement: Placement, kv_tokens: int) -> Outcome:
     """As `ridgewalk plan` does, with just the memory that gives so much KV."""
     (shape,) = placement.shapes
-    rank = hardware.shared_by(placement.num_devices)
+    rank = hardware.shared_by(placement.num_devices, shape.replicas)
     limits = (BLOCK_SIZE, MAX_NUM_BATCHED_TOKENS, MAX_NUM_SEQS, PROMPT + LONGEST)
     memory = plan_memory(spec, shape.mesh, spec.dtype, 2**62, *limits)
     needed = max(stage.used_bytes(blocks_per_group(kv_tokens, shape)) for stage in memory.stages)
@@ -276,6 +277,27 @@ def compare(folder: Path, hardware: HardwareSpec, measured: Sequence[Measured]) 
     ]
 
 
+def together(measured: Sequence[Measured]) -> list[Measured]:
+    """Runs of several sittings as of one."""
+    found: dict[tuple[str, str, int], Measured] = {}
+    for each in measured:
+        key = each.model, each.placement, each.kv_tokens
+        before = found.get(key)
+        found[key] = (
+            each
+            if before is None
+            else msgspec.structs.replace(before, runs=before.runs + each.runs, quiet=before.quiet and each.quiet)
+        )
+    return list(found.values())
+
+
+def told_apart(one: Measured, other: Measured) -> bool:
+    """Whether the first is faster than the second by a sign test of their rounds, one-sided at 5 %."""
+    rounds = list(zip(one.runs, other.runs, strict=False))
+    won = sum(mine.tokens_per_s > theirs.tokens_per_s for mine, theirs in rounds)
+    return sum(math.comb(len(rounds), count) for count in range(won, len(rounds) + 1)) <= 0.05 * 2 ** len(rounds)
+
+
 def line(row: Row) -> str:
     """Of the Markdown table."""
     measured = row.measured
@@ -294,11 +316,15 @@ def summary(rows: Sequence[Row]) -> str:
     for model in dict.fromkeys(row.measured.model for row in rows):
         for kv_tokens in (AMPLE, SCARCE):
             some = [row for row in rows if (row.measured.model, row.measured.kv_tokens) == (model, kv_tokens)]
+            apart = [(fast, slow) for fast in some for slow in some if told_apart(fast.measured, slow.measured)]
+            right = sum(fast.predicted > slow.predicted for fast, slow in apart)
             predicted = [row.measured.placement for row in sorted(some, key=lambda row: -row.predicted)]
             measured = [row.measured.placement for row in sorted(some, key=lambda row: -row.measured.tokens_per_s)]
             verdict = "same order" if predicted == measured else "another order"
             told.append(
-                f"{model}, {kv_tokens:,}: {verdict}; predicted {' > '.join(predicted)}, measured {' > '.join(measured)}"
+                f"{model}, {kv_tokens:,}: {verdict}; "
+                f"predicted {' > '.join(predicted)}, measured {' > '.join(measured)}; "
+                f"{right} of {len(apart)} pairs that rounds tell apart are in the right order"
             )
     return "\n".join(told)
 
@@ -323,7 +349,7 @@ def main() -> None:
         run_calibration(hardware)
     if arguments.measured:
         read = [msgspec.json.decode(path.read_bytes(), type=list[Measured]) for path in arguments.measured]
-        measured = [each for found in read for each in found]
+        measured = together([each for found in read for each in found])
     else:
         measured = measure_all(arguments.folder, arguments.models, arguments.placements, arguments.repeats)
     if arguments.out is not None:

@@ -12,6 +12,7 @@ from ridgewalk.calibration.figures import CollectiveRates, KernelRates, Overhead
 from ridgewalk.calibration.hardware_file import HOW, as_yaml, hardware_spec, rank_rates
 from ridgewalk.placement.hardware import HardwareSpec, find_hardware
 
+COLLECTIVES = CollectiveRates(4e-6, 3e9, 1e-5, 7e9, 0.04)
 OVERHEADS = Overheads(step_s=1e-3, sequence_s=2e-6, layer_s=3e-5)
 
 
@@ -24,9 +25,7 @@ def figures(factor: float = 1.0, alone: bool = True) -> RankFigures:
         latent_attention_flops=30e9 * factor,
         value_s=1e-8 / factor,
     )
-    return RankFigures(
-        {"bfloat16": rates, "float32": rates}, None if alone else CollectiveRates(4e-6, 3e9, 1e-5, 7e9, 0.04)
-    )
+    return RankFigures({"bfloat16": rates, "float32": rates}, None if alone else COLLECTIVES)
 
 
 def machine() -> HardwareSpec:
@@ -72,8 +71,20 @@ def test_a_rank_alone_has_the_whole_machine() -> None:
     assert alone.memory_bandwidth == pytest.approx(32e9)
     assert alone.memory_bytes == 2 * spec.memory_bytes == 24 * 2**30
     assert alone.flops["bfloat16"] == 2 * spec.flops["bfloat16"]
-    assert spec.shared_by(2) == spec.shared_by(7) == spec
+    assert spec.shared_by(2) == spec
+    assert spec.shared_by(3).memory_bytes == pytest.approx(8 * 2**30)  # a core for less than each
     assert alone.rank_budget(0.9) == 12 * 2**30 - 2**28  # what `serve` takes, not the policy's share
+
+
+def test_one_replica_of_several_ranks_has_one_scheduler() -> None:
+    teams = {1: [figures(2.0)], 2: [figures(0.9, alone=False), figures(1.1, alone=False)]}
+    crowded = Overheads(step_s=3e-3, sequence_s=9e-6, layer_s=8e-5)
+    rates = {1: rank_rates(teams[1], OVERHEADS), 2: rank_rates(teams[2], crowded)}
+    spec = hardware_spec("two cores", 24 * 2**30, 0.5, 2**28, rates, [COLLECTIVES])
+    one, two = spec.shared_by(2, 1), spec.shared_by(2, 2)
+    assert (one.step_overhead_s, one.sequence_overhead_s, one.layer_overhead_s) == (1e-3, 2e-6, 8e-5)
+    assert (two.step_overhead_s, two.sequence_overhead_s, two.layer_overhead_s) == (3e-3, 9e-6, 8e-5)
+    assert one.memory_bandwidth == two.memory_bandwidth
 
 
 def test_a_machine_of_one_core_has_no_links() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -62,12 +63,17 @@ def test_collectives_are_measured_among_ranks_and_not_by_one_alone(tmp_path: Pat
 
 
 def test_what_ranks_straggle_is_what_computing_takes_longer_with_a_collective_after_it() -> None:
-    reduced, exchanged, alone, together = [1e-4, 2e-4], [3e-4, 5e-4], 1e-3, 1.4e-3
-    told = iter([*reduced, *exchanged, alone, together])
+    reduced, exchanged = [1e-4, 2e-4], [3e-4, 5e-4]
+    told = iter([*reduced, *exchanged])
 
     class Told(Stopwatch):
         def seconds_together(self, call: Callable[[], object], calls: int) -> float:
             return next(told)
+
+        def seconds_meeting(
+            self, compute: Callable[[], object], meet: Callable[[], object], calls: int
+        ) -> tuple[float, float]:
+            return 1.4e-3, 1e-3
 
     pair = Communicator(0, 2, None)
     rates = measure_collectives(pair, Told(pair, BRIEF), list)
@@ -127,10 +133,25 @@ def end_in(turns: Turns, when: str) -> None:
             os._exit(3)
 
 
+def wait_or_be_killed(turns: Turns, killed: bool) -> None:
+    for _ in turns:
+        if killed:
+            os.kill(os.getpid(), signal.SIGKILL)
+        turns.together()
+
+
+def test_who_is_killed_is_named_and_not_who_waits_for_it() -> None:
+    with (
+        pytest.raises(CalibrationError, match="process 2 of 2 was ended by SIGKILL; is the machine out of memory"),
+        Team("two", wait_or_be_killed, [(False,), (True,)]) as team,
+    ):
+        team.turn()
+
+
 @pytest.mark.parametrize("when", ["start", "turn"])
 def test_a_process_that_ends_is_an_error_in_words(when: str) -> None:
     with (
-        pytest.raises(CalibrationError, match="rank 1 ended before it had measured anything"),
+        pytest.raises(CalibrationError, match=r"^two: process 2 of 2 was ended with exit code 3"),
         Team("two", end_in, [("never",), (when,)]) as team,
     ):
         team.turn()

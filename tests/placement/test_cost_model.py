@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ridgewalk.placement.collective_cost import all_reduce_s, all_to_all_s
-from ridgewalk.placement.cost_model import CostModel, GroupLoad, StepTime
+from ridgewalk.placement.cost_model import CostModel, GroupLoad, StepTime, greatest_of_normals
 from ridgewalk.placement.data_files import shipped_path
 from ridgewalk.placement.hardware import HardwareSpec, Link, find_hardware
 from ridgewalk.placement.measured_curve import MeasuredCurve
@@ -132,6 +132,49 @@ def test_ranks_of_one_process_tell_each_other_nothing() -> None:
     hardware = msgspec.structs.replace(ideal(), ranks_overhead_s=1.0)
     times = [CostModel(shipped("qwen2.5-14b"), mesh, hardware) for mesh in (Mesh(), Mesh(tp=2), Mesh(pp=2))]
     assert [[stage.ranks for stage in cost.stage_times([decoding(1, 9)])] for cost in times] == [[0], [1], [1, 1]]
+
+
+def test_the_expected_maximum_of_normals_is_as_published() -> None:
+    # Harter 1961, expected values of normal order statistics.
+    published = {1: 0.0, 2: 0.56419, 4: 1.02938, 8: 1.42360, 16: 1.76599}
+    assert {count: greatest_of_normals(count) for count in published} == pytest.approx(published, abs=0.03)
+
+
+def test_ranks_in_lockstep_wait_for_the_last_by_a_share_of_what_they_compute() -> None:
+    spec = shipped("mixtral-8x7b")
+    hardware = msgspec.structs.replace(ideal(), straggle=0.1, layer_overhead_s=1e-5)
+    load = [decoding(8, 1000)]
+    for mesh, meeting in ((Mesh(), 1), (Mesh(pp=2), 1), (Mesh(tp=8), 8), (Mesh(tp=2), 2)):
+        for time in CostModel(spec, mesh, hardware).stage_times(load):
+            computed = time.weights + time.products + time.attention + time.launch
+            expected = 0.1 * greatest_of_normals(meeting) / greatest_of_normals(8) * computed
+            assert time.straggle == pytest.approx(expected)
+            assert time.total == pytest.approx(sum(time))
+    (experts,) = CostModel(spec, Mesh(dp=8, expert_parallel=True), hardware).stage_times(load * 8)
+    assert experts.straggle == pytest.approx(
+        0.1 * (experts.weights + experts.products + experts.attention + experts.launch)
+    )
+    alone = msgspec.structs.replace(hardware, devices_per_node=1, within_node=None)
+    (single,) = CostModel(spec, Mesh(), alone).stage_times(load)
+    assert single.straggle == 0
+
+
+def test_the_busiest_rank_has_more_experts_of_few_tokens_and_no_more_of_many() -> None:
+    spec = shipped("mixtral-8x7b")  # 8 experts, 2 of them for a token
+    moe = spec.moe
+    assert moe is not None
+
+    def read(mesh: Mesh, tokens: int) -> float:
+        (time,) = CostModel(spec, mesh, ideal()).stage_times([decoding(tokens / mesh.dp, 1)] * mesh.dp)
+        (none,) = CostModel(spec, mesh, ideal()).stage_times([GroupLoad(1e-12, 1e-12, 0, 0)] * mesh.dp)
+        return time.weights - none.weights
+
+    one, spread = read(Mesh(), 2), read(Mesh(dp=2, expert_parallel=True), 2)
+    untouched = 0.75**2
+    mean = 4 * (1 - untouched)
+    busiest = mean + greatest_of_normals(2) * (mean * untouched) ** 0.5
+    assert spread / one == pytest.approx(busiest / (2 * mean), rel=1e-3)
+    assert read(Mesh(dp=2, expert_parallel=True), 64) == pytest.approx(read(Mesh(), 64) / 2, rel=1e-3)
 
 
 @pytest.mark.parametrize("constant", ["layer_overhead_s", "stage_overhead_s", "value_overhead_s"])

@@ -64,6 +64,13 @@ def test_what_cannot_be_loaded_is_last_with_the_reason_and_without_figures() -> 
     assert whole["makespan_s"] is whole["kv_capacity_tokens"] is whole["preemptions"] is None
 
 
+def test_tensor_parallel_groups_are_not_split_over_nodes() -> None:
+    listed = planned("--model", "llama-3.1-8b", "--hardware", "2x6xh200", "--only", "DP3xTP4,DP2xTP4,TP8,DP4+TP4")
+    problems = {item["name"]: str(item["reason"]) for item in listed if not item["feasible"]}
+    assert set(problems) == {"DP3xTP4", "TP8"}
+    assert "groups of 4 do not all fit into 2 nodes of 6" in problems["DP3xTP4"]
+
+
 def test_the_configuration_that_is_emitted_can_be_served(tmp_path: Path) -> None:
     path = tmp_path / "service.yaml"
     only = ("--only", "DP2xEP2+TP2", "--emit", str(path))
@@ -72,6 +79,7 @@ def test_the_configuration_that_is_emitted_can_be_served(tmp_path: Path) -> None
     assert model.model == "mistralai/Mixtral-8x7B-Instruct-v0.1"
     assert [placement.name for placement in model.placements] == ["DP2xEP2", "TP2"]
     assert [placement.gpus_per_rank for placement in model.placements] == [1.0, 1.0]
+    assert (model.admission, model.routing) == ("prompt_only", "least_loaded")  # of the policy that was simulated
 
 
 def test_limits_that_were_planned_for_are_emitted_as_the_pace_that_requests_ask_for(tmp_path: Path) -> None:
@@ -80,6 +88,7 @@ def test_limits_that_were_planned_for_are_emitted_as_the_pace_that_requests_ask_
     planned("--model", "r1-distill-qwen-1.5b", "--hardware", "2xh100", "--only", "DP2,TP2", *goodput)
     (model,) = load_config(path).models
     assert model.slo == LatencySlo(tpot_s=0.04)
+    assert (model.admission, model.routing) == ("predictive", "kv_growth")
 
 
 def test_a_table_reasons_and_an_account_are_printed_and_a_plot_drawn(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import yaml
 from ridgewalk import machine
 from ridgewalk.config import ConfigError, ServeConfig, parse_config
 from ridgewalk.placement.data_files import shipped_path
+from ridgewalk.placement.hardware import HardwareSpec
 from ridgewalk.planning.startup import plan_missing
 
 
@@ -67,6 +68,27 @@ def test_models_share_what_the_stated_placements_leave() -> None:
     stated = {"model": "demo-moe", "placements": [{"replicas": 2}]}
     planned = plan_missing(configuration({"model": "demo-dense", "max_num_seqs": 16}, stated, hardware="3xh200"), False)
     assert names(planned.config) == [["TP1"], ["DP2"]]
+
+
+def test_models_of_one_machine_share_its_cores_and_memory(uncalibrated: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shipped = shipped_path("hardware", "h100")
+    assert shipped is not None
+    described = yaml.safe_load(shipped.read_text())
+    described["flops"]["float32"] = 1e12
+    uncalibrated.write_text(yaml.safe_dump({**described, "devices_per_node": 4, "device": "cpu"}))
+    seen: list[int] = []
+    shared_by = HardwareSpec.shared_by
+
+    def noted(hardware: HardwareSpec, num_ranks: int, num_replicas: int | None = None) -> HardwareSpec:
+        if num_replicas is not None:
+            seen.append(num_ranks)
+        return shared_by(hardware, num_ranks, num_replicas)
+
+    monkeypatch.setattr(HardwareSpec, "shared_by", noted)
+    model = {"model": "demo-dense", "max_num_seqs": 16}
+    planned = plan_missing(configuration(model, {**model, "name": "again"}), True)
+    assert len(names(planned.config)) == 2
+    assert min(seen) == 4  # two ranks have two of the other model beside them, and not the whole machine
 
 
 @pytest.mark.parametrize(

@@ -334,6 +334,19 @@ async def test_a_full_queue_is_refused_with_the_time_to_wait(connect: Connect) -
     await collect(stream(pool, [[2]] * 20), 20)  # an empty queue takes a request of any size
 
 
+async def test_seats_that_kv_has_no_room_for_are_not_free(connect: Connect) -> None:
+    pool, (replica,) = await connect(max_waiting=1)
+    replica.executor.open = False
+    long = [list(range(1, 101)), list(range(2, 102))]  # 25 of 64 blocks each; two of four seats
+    blocked = stream(pool, [*long, list(range(3, 103))], 5)
+    await until(lambda: replica.loop._core.scheduler.throttled)
+    with pytest.raises(BackendError) as refusal:
+        await collect(stream(pool, [[2]]), 1)
+    assert refusal.value.status == 429
+    replica.executor.open = True
+    await collect(blocked, 3)
+
+
 async def test_a_replica_with_room_is_tried_before_a_client_is_refused(connect: Connect) -> None:
     pool, replicas = await connect(2, max_waiting=1)
     replicas[0].executor.open = False

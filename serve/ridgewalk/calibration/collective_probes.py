@@ -12,9 +12,11 @@ from ridgewalk.parallel.communicator import Communicator
 
 WIDTH = 512
 FEW_ROWS, MANY_ROWS = 2, 512
-"""BF16 rows of `WIDTH` in an exchange: 2 KiB and 512 KiB."""
+"""BF16 rows of `WIDTH` in an exchange."""
 
-CALLS, COMPUTING_CALLS = 64, 8
+FEW_BYTES, MANY_BYTES = 2 * WIDTH * FEW_ROWS, 2 * WIDTH * MANY_ROWS
+
+CALLS, COMPUTING_CALLS = 64, 6
 """In a row, as a sample: of collectives alone, and of products between them."""
 
 
@@ -29,7 +31,7 @@ def measure_collectives(
         return None
     reduced = [_all_reduce_s(ranks, stopwatch, rows) for rows in (FEW_ROWS, MANY_ROWS)]
     exchanged = [_all_to_all_s(ranks, stopwatch, rows) for rows in (FEW_ROWS, MANY_ROWS)]
-    beyond, share = 2 * WIDTH * (MANY_ROWS - FEW_ROWS), (ranks.size - 1) / ranks.size
+    beyond, share = MANY_BYTES - FEW_BYTES, (ranks.size - 1) / ranks.size
     return CollectiveRates(
         all_reduce_latency_s=reduced[0],
         all_reduce_bandwidth=2 * share * beyond / max(1e-9, reduced[1] - reduced[0]),
@@ -40,16 +42,10 @@ def measure_collectives(
 
 
 def _straggle(ranks: Communicator, stopwatch: Stopwatch, compute: Callable[[], object], all_reduce_s: float) -> float:
-    """Under 0 where the ranks' pace changed meanwhile: the median over turns is what counts."""
+    """Of one stretch of time: what a rank computes and what passes are of the same pace of its core."""
     values = torch.zeros(FEW_ROWS, WIDTH, dtype=torch.bfloat16)
-
-    def meet() -> None:
-        compute()
-        ranks.all_reduce(values)
-
-    alone = stopwatch.seconds_together(compute, COMPUTING_CALLS)
-    together = stopwatch.seconds_together(meet, COMPUTING_CALLS)
-    return (together - all_reduce_s) / alone - 1
+    passed, computed = stopwatch.seconds_meeting(compute, lambda: ranks.all_reduce(values), COMPUTING_CALLS)
+    return (passed - all_reduce_s) / computed - 1
 
 
 def _all_reduce_s(ranks: Communicator, stopwatch: Stopwatch, rows: int) -> float:

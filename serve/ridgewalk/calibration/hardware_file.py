@@ -28,12 +28,13 @@ HOW: Mapping[str, str] = {
     "attention_flops": f"FLOP/s of attention of {kernel_probes.PROMPTS} prompts of {kernel_probes.PROMPT} tokens",
     "latent_attention_flops": f"FLOP/s of decode over latents: {kernel_probes.LATENT_HEADS} heads, "
     f"{kernel_probes.SEQUENCES} sequences of {kernel_probes.CONTEXT} tokens, {kernel_probes.LATENT_DIM} wide",
-    "within_node": f"seconds, bytes/s of an all-reduce among all ranks: of {2 * collective_probes.FEW_ROWS} KiB, and "
-    f"what {collective_probes.MANY_ROWS} KiB take beyond it, counted as 2 (n - 1) / n of them; in latency_s also what "
-    "an all-reduce takes longer in decode steps of small models than alone, as ranks wait for each other",
+    "within_node": "seconds, bytes/s of an all-reduce among all ranks: of "
+    f"{collective_probes.FEW_BYTES >> 10} KiB, and what {collective_probes.MANY_BYTES >> 10} KiB take beyond it, "
+    "counted as 2 (n - 1) / n of them; in latency_s also what an all-reduce takes longer in decode steps of small "
+    "models than alone, as ranks wait for each other",
     "all_to_all": "the same of an all-to-all in equal parts, counted as (n - 1) / n; ranks wait as for an all-reduce",
     "straggle": "of what ranks compute between two collectives, by how much the last is behind a rank alone: products "
-    "of 8 rows with an all-reduce after each",
+    "of 32 rows with an all-reduce after each",
     "bandwidth_efficiency": "rates above are those reached",
     "flops_efficiency": "likewise",
     "link_efficiency": "likewise",

@@ -25,8 +25,18 @@ def fit_overheads(points: Sequence[StepPoint], hardware: HardwareSpec, num_ranks
     """
     columns = [[1.0, point.num_sequences, point.num_layers] for point in points]
     left = [point.seconds - predicted_s(point, hardware, num_ranks, tp=1) for point in points]
-    found, *_ = np.linalg.lstsq(np.array(columns), np.array(left), rcond=None)
-    return Overheads(*(max(0.0, float(seconds)) for seconds in found))
+    return Overheads(*_non_negative(np.array(columns), np.array(left)).tolist())
+
+
+def _non_negative(columns: np.ndarray, left: np.ndarray) -> np.ndarray:
+    """Least squares; terms that would be negative are left out, so that the others do not make up for them."""
+    kept = np.arange(columns.shape[1])
+    while True:
+        found = np.zeros(columns.shape[1])
+        found[kept] = np.linalg.lstsq(columns[:, kept], left, rcond=None)[0]
+        if found.min() >= 0:
+            return found
+        kept = np.setdiff1d(kept, found.argmin())
 
 
 def fit_wait_s(points: Sequence[StepPoint], hardware: HardwareSpec, num_ranks: int) -> float:
@@ -34,7 +44,7 @@ def fit_wait_s(points: Sequence[StepPoint], hardware: HardwareSpec, num_ranks: i
 
     Args:
         points: of one tensor-parallel replica; a layer of a step has two all-reduces.
-        hardware: as one of ``num_ranks`` ranks has it, with overheads.
+        hardware: as ``num_ranks`` ranks of one replica have it, with overheads.
         num_ranks: of the replica, which has the machine to itself.
     """
     left = [

@@ -17,8 +17,8 @@ from ridgewalk.calibration.stopwatch import Effort, Stopwatch
 from ridgewalk.kernels.select import select_kernels
 from ridgewalk.parallel.communicator import Communicator
 
-BETWEEN_COLLECTIVES = "product 8"
-"""What ranks compute there: about what a layer of a small model takes."""
+BETWEEN_COLLECTIVES = "product 32"
+"""What ranks compute there: so much that a collective's own time and waking up for it count for little."""
 
 if TYPE_CHECKING:
     from ridgewalk.calibration.rank_team import TeamTask

@@ -31,6 +31,9 @@ from ridgewalk.replica.sizing import CPU_SHARE, RANK_PROCESS_BYTES
 MAX_PROCESSES = 48
 """Alive at once, each with a torch of its own. More teams than that are measured one part after the other."""
 
+LEAST_COLD_BYTES = 24 * 2**20
+"""Of a rank, however many there are."""
+
 DISTURBED = 0.1
 """Of the cores, taken by other programs: from here on the figures are not the machine's."""
 
@@ -96,7 +99,8 @@ def measure_machine(cores: int, extent: Extent, tell: Callable[[str, int, int], 
         kernels = {ranks: _rank_team(extent, cores, ranks, Path(folder)) for ranks in counts}
         engines = {ranks: _engine_teams(extent, ranks, 1, Path(folder)) for ranks in counts}
         lockstep = _engine_teams(extent, 1, cores, Path(folder)) if cores > 1 else []
-        teams = [*kernels.values(), *(team for some in engines.values() for team in some), *lockstep]
+        # Of equal numbers of ranks one after the other: they are compared, and should take turns on big machines too.
+        teams = [team for ranks in counts for team in (kernels[ranks], *engines[ranks])] + lockstep
         _measure(teams, extent.turns, tell)
     figures = {ranks: team.figures() for ranks, team in kernels.items()}
     bare = _describe(figures, {ranks: rank_rates(found, NO_OVERHEADS) for ranks, found in figures.items()})
@@ -105,11 +109,16 @@ def measure_machine(cores: int, extent: Extent, tell: Callable[[str, int, int], 
         overheads = fit_overheads(_points(engines[ranks]), bare.shared_by(ranks), ranks)
         rates[ranks] = rank_rates(found, overheads)
     hardware = _describe(figures, rates)
-    return with_wait(hardware, fit_wait_s(_points(lockstep), hardware, cores)) if lockstep else hardware
+    return (
+        with_wait(hardware, fit_wait_s(_points(lockstep), hardware.shared_by(cores, 1), cores))
+        if lockstep
+        else hardware
+    )
 
 
 def _rank_team(extent: Extent, cores: int, ranks: int, folder: Path) -> RankTeam:
-    task = TeamTask(ranks, cores // ranks, extent.dtypes, extent.samples, extent.sample_s, extent.cold_bytes)
+    cold_bytes = min(extent.cold_bytes, max(extent.cold_bytes // ranks, LEAST_COLD_BYTES))  # caches are shared too
+    task = TeamTask(ranks, cores // ranks, extent.dtypes, extent.samples, extent.sample_s, cold_bytes)
     return RankTeam(task, folder)
 
 

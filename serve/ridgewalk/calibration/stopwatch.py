@@ -44,6 +44,20 @@ class Stopwatch:
             samples.append((time.perf_counter() - began) / calls)
         return lower_quartile(samples[1:])
 
+    def seconds_meeting(
+        self, compute: Callable[[], object], meet: Callable[[], object], calls: int
+    ) -> tuple[float, float]:
+        """What passes from one meeting of all ranks to the next, and what this rank computes meanwhile. Means."""
+        computed = 0.0
+        self.ranks.barrier()
+        began = time.perf_counter()
+        for _ in range(calls):
+            before = time.perf_counter()
+            compute()
+            computed += time.perf_counter() - before
+            meet()
+        return (time.perf_counter() - began) / calls, computed / calls
+
     def _sample(self, call: Callable[[], object]) -> float:
         self.ranks.barrier()
         began = time.perf_counter()

@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import signal
+import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from multiprocessing.synchronize import Barrier
 from typing import Any
@@ -64,23 +66,26 @@ class Team:
             CalibrationError: one has ended without a word, or takes too long; as every other method.
         """
         context = multiprocessing.get_context("spawn")  # each has its own threads, and nothing of this process
-        self._barrier = context.Barrier(len(self._arguments), timeout=TIMEOUT_S)
+        barrier = context.Barrier(len(self._arguments), timeout=TIMEOUT_S)
         try:
             for each in self._arguments:
                 own, others = context.Pipe()
-                arguments = (Turns(others, self._barrier), self._work, each)
-                self._processes.append(context.Process(target=_measure, args=arguments, daemon=True))
-                self._processes[-1].start()
                 self._ends.append(own)
+                process = context.Process(target=_measure, args=(Turns(others, barrier), self._work, each), daemon=True)
+                process.start()
+                self._processes.append(process)
                 others.close()  # so that the end of the process is seen here
             self._heard()
+        except OSError as error:
+            self._end(0.0)
+            raise CalibrationError(f"{self.about}: a process could not be started: {error}") from None
         except BaseException:
-            self._end()
+            self._end(0.0)
             raise
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._end()
+        self._end(EXIT_S if self.told else 0.0)
 
     def turn(self) -> None:
         """Let all of them measure once."""
@@ -97,41 +102,45 @@ class Team:
             try:
                 end.send_bytes(word)
             except OSError:
-                raise ended_early(number) from None
+                raise self._ended_early(number) from None
 
     def _heard(self) -> list[bytes]:
-        return [receive(number, end) for number, end in enumerate(self._ends)]
+        """What each says next. The first to end is named, not those that miss it."""
+        numbers = {end: number for number, end in enumerate(self._ends)}
+        heard: dict[int, bytes] = {}
+        deadline = time.monotonic() + TIMEOUT_S
+        while len(heard) < len(numbers):
+            silent = [end for end, number in numbers.items() if number not in heard]
+            ready = wait(silent, max(0.0, deadline - time.monotonic()))
+            if not ready:
+                raise CalibrationError(f"{self.about}: nothing was measured within {TIMEOUT_S:.0f} s")
+            for end in ready:
+                assert isinstance(end, Connection)
+                try:
+                    heard[numbers[end]] = end.recv_bytes()
+                except (EOFError, OSError):
+                    raise self._ended_early(numbers[end]) from None
+        return [heard[number] for number in range(len(numbers))]
 
-    def _end(self) -> None:
-        self._barrier.abort()
+    def _ended_early(self, number: int) -> CalibrationError:
+        process = self._processes[number]
+        process.join(1.0)
+        how = f"with exit code {process.exitcode}; what it said of it is above"
+        if process.exitcode is not None and process.exitcode < 0:
+            how = f"by {signal.Signals(-process.exitcode).name}; is the machine out of memory?"
+        return CalibrationError(f"{self.about}: process {number + 1} of {len(self._ends)} was ended {how}")
+
+    def _end(self, patience_s: float) -> None:
+        # Not by breaking the barrier: that waits for whoever sleeps there, dead or alive.
         for end in self._ends:
             end.close()
         for process in self._processes:
-            process.join(EXIT_S)
+            process.join(patience_s)
             process.kill()  # does nothing to one that has ended
             process.join()
 
 
-def receive(number: int, end: Connection) -> bytes:
-    """What a process says next.
-
-    Raises:
-        CalibrationError: it has ended, or takes too long.
-    """
-    if not end.poll(TIMEOUT_S):
-        raise CalibrationError(f"rank {number} has measured nothing within {TIMEOUT_S:.0f} s")
-    try:
-        return end.recv_bytes()
-    except (EOFError, OSError):
-        raise ended_early(number) from None
-
-
-def ended_early(number: int) -> CalibrationError:
-    """The error that a process is gone."""
-    return CalibrationError(f"rank {number} ended before it had measured anything")
-
-
 def _measure(turns: Turns, work: Callable[..., None], arguments: tuple[Any, ...]) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; who started this one ends it
-    with contextlib.suppress(EOFError):  # the team has ended
+    with contextlib.suppress(EOFError, BrokenPipeError, threading.BrokenBarrierError):  # the team has ended
         work(turns, *arguments)

@@ -92,6 +92,8 @@ class HardwareSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     def __post_init__(self) -> None:
         """Check what fields together mean."""
+        if self.devices_per_node > 1 and self.within_node is None:
+            raise ValueError("several devices_per_node need within_node")
         if self.num_nodes > 1 and self.between_nodes is None:
             raise ValueError("several nodes need between_nodes")
 
@@ -121,11 +123,25 @@ class HardwareSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         share = default_share if self.memory_share is None else self.memory_share
         return max(0, int(self.memory_bytes * share - self.process_bytes))
 
-    def shared_by(self, num_ranks: int) -> HardwareSpec:
+    def shared_by(self, num_ranks: int, num_replicas: int | None = None) -> HardwareSpec:
         """The hardware as each of so many ranks has it, where fewer ranks than devices have more each.
 
         Rates are those measured with as many ranks, or with the next greater number that was measured.
+
+        Args:
+            num_ranks: on all of it.
+            num_replicas: that these form; None: each rank is one. What the host does beside them is as measured with
+                so many replicas of one rank: each has a scheduler.
         """
+        if num_replicas is not None and num_replicas < num_ranks:
+            host = self.shared_by(num_replicas)
+            return msgspec.structs.replace(
+                self.shared_by(num_ranks),
+                step_overhead_s=host.step_overhead_s,
+                sequence_overhead_s=host.sequence_overhead_s,
+            )
+        if self.device == "cpu" and num_ranks > self.num_devices:  # ranks can share a core, and all share the memory
+            return msgspec.structs.replace(self, memory_bytes=self.memory_bytes * self.num_devices / num_ranks)
         if not self.by_ranks or num_ranks >= self.num_devices:
             return self
         measured = min((count for count in self.by_ranks if count >= num_ranks), default=None)

@@ -125,12 +125,33 @@ def _problem(scene: Scene, placement: Placement) -> str:
     """Why it cannot be loaded, in a sentence; empty when it can."""
     if placement.num_devices > scene.hardware.num_devices:
         return f"it needs {placement.num_devices} devices, and there are {scene.hardware.num_devices}"
+    problem = _node_problem(placement, scene.hardware)
+    if problem:
+        return problem
     for shape in placement.shapes:
-        problem = mesh_problem(scene.spec, shape.mesh)
-        if problem:
-            return problem
+        unfit = mesh_problem(scene.spec, shape.mesh)
+        if unfit:
+            return unfit
         try:
             memory_of(shared(scene, placement), shape)
         except MemoryPlanError as error:
             return str(error)
+    return ""
+
+
+def _node_problem(placement: Placement, hardware: HardwareSpec) -> str:
+    """Tensor-parallel ranks share a node: the service never splits them; each layer would wait for the slower link.
+
+    Groups are put into nodes largest first, each into the first that has room, which for powers of two is the best.
+    """
+    free = [hardware.devices_per_node] * hardware.num_nodes
+    for shape in sorted(placement.shapes, key=lambda shape: -shape.mesh.tp):
+        for _ in range(shape.num_devices // shape.mesh.tp):
+            node = next((node for node, devices in enumerate(free) if devices >= shape.mesh.tp), None)
+            if node is None:
+                return (
+                    f"its tensor-parallel groups of {shape.mesh.tp} do not all fit into {hardware.num_nodes} "
+                    f"node{'s' * (hardware.num_nodes > 1)} of {hardware.devices_per_node}, and none is split"
+                )
+            free[node] -= shape.mesh.tp
     return ""

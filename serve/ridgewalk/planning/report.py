@@ -67,13 +67,15 @@ def as_account(candidate: Candidate, outcome: Outcome) -> Table:
 
 
 def as_configuration(placement: Placement, model: str, scene: Scene) -> str:
-    """YAML that `ridgewalk serve -c` takes."""
+    """YAML that `ridgewalk serve -c` takes: the service that was simulated."""
     limits = {"slo_ttft_ms": scene.slo.ttft_s * 1e3, "slo_tpot_ms": scene.slo.tpot_s * 1e3}
     described = {
         "model": model,
         "max_model_len": scene.max_model_len,
         "max_num_seqs": scene.policy.max_num_seqs,
         "max_num_batched_tokens": scene.policy.max_num_batched_tokens,
+        "admission": scene.policy.admission,
+        "routing": scene.policy.routing or "least_loaded",  # vLLM's balancer counts requests too
         **{name: limit for name, limit in limits.items() if math.isfinite(limit)},
         "placements": [placement_fields(shape, scene.hardware.device) for shape in placement.shapes],
     }

@@ -75,6 +75,7 @@ class Scene:
     policy: Policy
     arrivals: tuple[Arrival, ...]  # by time
     slo: LatencySlo = NO_SLO  # what every request asks for
+    other_ranks: int = 0  # of other models, that share a machine's cores and memory
 
     @property
     def max_model_len(self) -> int:
@@ -94,7 +95,9 @@ class Scene:
 
 def shared(scene: Scene, placement: Placement) -> Scene:
     """With the hardware as each rank of the placement has it."""
-    return replace(scene, hardware=scene.hardware.shared_by(placement.num_devices))
+    replicas = sum(shape.replicas for shape in placement.shapes)
+    ranks = placement.num_devices + scene.other_ranks
+    return replace(scene, hardware=scene.hardware.shared_by(ranks, replicas + scene.other_ranks))
 
 
 def memory_of(scene: Scene, shape: Shape) -> MemoryPlan:

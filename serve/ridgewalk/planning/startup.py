@@ -85,6 +85,8 @@ def _plan(
     num_devices = (hardware.num_devices - config.num_ranks) // num_sharing
     if hardware.device == "cpu":
         num_devices = max(1, num_devices)  # ranks can share a core
+        # Cores and memory are divided among all ranks of the machine, whoever's they are.
+        scene = replace(scene, other_ranks=config.num_ranks + (num_sharing - 1) * num_devices)
     if num_devices < 1:
         raise ConfigError(
             f"models: the listed placements take {config.num_ranks} of {hardware.num_devices} devices, which leaves "

@@ -102,7 +102,8 @@ class EngineLoop:
         self._core = EngineCore(scheduler_config, executor, time.monotonic)
         self._recorder = recorder
         self._expert_loads = expert_loads
-        self._limit = WaitingLimit(max_waiting, scheduler_config.max_num_seqs * scheduler_config.num_groups)
+        self._limit = WaitingLimit(max_waiting)
+        self._num_seats = scheduler_config.max_num_seqs * scheduler_config.num_groups
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._channel = ChannelServer(self._context, address)
         self._ledger = CallLedger()
@@ -222,7 +223,9 @@ class EngineLoop:
         if not self._channel.is_attached(call.ingress_id) or self._ledger.is_open(call.request_id):
             command.reply(GenerateReply(ReplyStatus.MOVED))  # nobody would hear its tokens
             return
-        load = len(call.sequences), self._core.scheduler.num_waiting, self._core.scheduler.num_running
+        scheduler = self._core.scheduler
+        num_free = 0 if scheduler.throttled else max(0, self._num_seats - scheduler.num_running)
+        load = len(call.sequences), scheduler.num_waiting, num_free
         if not call.resumed and self._limit.refuses(*load):
             retry_after_s = self._limit.retry_after(*load, now)
             command.reply(GenerateReply(ReplyStatus.OVERLOADED, retry_after_s=retry_after_s))
@@ -372,7 +375,7 @@ class EngineLoop:
             for group, peak in zip(scheduler.groups, self._peaks, strict=True)
             for pool in (group.kv.pool,)
         ]
-        return LoadReport(groups, scheduler.num_running, scheduler.num_waiting, self._limit.num_seats, steps)
+        return LoadReport(groups, scheduler.num_running, scheduler.num_waiting, self._num_seats, steps)
 
     def _note_peaks(self, peaks: list[float | None]) -> None:
         self._peaks, self._num_predicted = peaks, self._core.scheduler.num_running

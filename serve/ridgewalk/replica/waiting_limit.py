@@ -12,10 +12,13 @@ RATE_WINDOW_S = 60.0
 
 
 class WaitingLimit:
-    """Limits the waiting queue to ``max_waiting`` sequences beyond the free seats."""
+    """Limits the waiting queue to ``max_waiting`` sequences beyond the free seats.
 
-    def __init__(self, max_waiting: int, num_seats: int) -> None:
-        self.num_seats = num_seats
+    ``num_free`` is how many of those waiting could begin at once: none where KV cache is what they wait for, however
+    many seats there are.
+    """
+
+    def __init__(self, max_waiting: int) -> None:
         self._max_waiting = max_waiting
         self._end_times: deque[float] = deque(maxlen=1024)
 
@@ -23,19 +26,18 @@ class WaitingLimit:
         """A sequence ran to its end: seats become free at this rate."""
         self._end_times.append(now)
 
-    def refuses(self, num_new: int, num_waiting: int, num_running: int) -> bool:
+    def refuses(self, num_new: int, num_waiting: int, num_free: int) -> bool:
         """True when new sequences would wait behind too many. An empty queue takes a request of any size."""
-        return num_waiting > 0 and self._excess(num_new, num_waiting, num_running) > 0
+        return num_waiting > 0 and self._excess(num_new, num_waiting, num_free) > 0
 
-    def retry_after(self, num_new: int, num_waiting: int, num_running: int, now: float) -> float:
+    def retry_after(self, num_new: int, num_waiting: int, num_free: int, now: float) -> float:
         """Seconds until the queue has room, at the rate at which sequences have ended in the last minute."""
         while self._end_times and now - self._end_times[0] > RATE_WINDOW_S:
             self._end_times.popleft()
         if len(self._end_times) < 2:
             return UNKNOWN_RETRY_AFTER_S
         rate = len(self._end_times) / max(now - self._end_times[0], 1e-3)
-        return max(1.0, self._excess(num_new, num_waiting, num_running) / rate)
+        return max(1.0, self._excess(num_new, num_waiting, num_free) / rate)
 
-    def _excess(self, num_new: int, num_waiting: int, num_running: int) -> int:
-        free_seats = max(0, self.num_seats - num_running)
-        return num_waiting + num_new - free_seats - self._max_waiting
+    def _excess(self, num_new: int, num_waiting: int, num_free: int) -> int:
+        return num_waiting + num_new - num_free - self._max_waiting
