@@ -18,7 +18,7 @@ HOW: Mapping[str, str] = {
     "devices_per_node": "cores; each is a device, and a rank alone on the machine has them all as threads",
     "memory_bytes": "bytes; the machine's, divided by its cores",
     "memory_bandwidth": "bytes/s of weights that one rank reads while all do: products of one row, whose "
-    f"{kernel_probes.COLD_BYTES >> 20} MiB of weights no cache holds",
+    f"{kernel_probes.COLD_BYTES >> 20} MiB of weights, of all ranks together, no cache holds",
     "flops": f"FLOP/s of one rank by dtype, while all compute: {2 * kernel_probes.SIDE} x {kernel_probes.SIDE} weights "
     "times the number of rows that is fastest",
     "product_shares": "of flops, reached with so many rows; weights are read from memory each time",

@@ -16,7 +16,8 @@ QUERY_HEADS = (1, 2, 4, 8)
 """Per KV head."""
 
 COLD_BYTES = 96 * 2**20
-"""Weights, or KV, that calls cycle through: more than the last cache of the CPUs that we know, as a model's are."""
+"""Weights, or KV, that calls of all ranks together cycle through: more than the last cache of the CPUs that we know, as
+a model's are."""
 
 SIDE = 1024
 """Columns of a product's weights, and half of their rows.

@@ -48,7 +48,7 @@ class Team:
     """A process for each of some arguments, that calls ``work(turns, *arguments)``; they last while it is entered.
 
     A machine is slower at some times than at others, for seconds or minutes: figures that are compared are measured
-    in turns, pass by pass, so that its pace is common to all of them. Hence processes that stay, and sleep meanwhile.
+    in turns, so that its pace is common to all of them. Hence processes that stay, and sleep meanwhile.
     """
 
     def __init__(self, about: str, work: Callable[..., None], arguments: Sequence[tuple[Any, ...]]) -> None:
