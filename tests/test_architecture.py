@@ -17,7 +17,7 @@ ALLOWED = {
     "placement": {"placement", "machine"},
     "metrics": {"metrics", "placement", "engine", "replica", "api", "routing"},  # others for type checking only
     "engine": {"engine"},
-    "routing": {"routing", "engine"},
+    "routing": {"routing", "engine", "least_squares"},
     "planning": {"planning", "placement", "engine", "routing", "bench", "config", "model_source", "zoo"},
     "kernels": {"kernels", "machine"},
     "parallel": {"parallel", "placement", "kernels"},

@@ -14,9 +14,9 @@ import torch
 from ridgewalk.calibration.collective_probes import measure_collectives
 from ridgewalk.calibration.engine_probe import EngineTeam, StepPoint, StepsTask
 from ridgewalk.calibration.figures import CollectiveRates
-from ridgewalk.calibration.hardware_file import with_wait
+from ridgewalk.calibration.hardware_file import with_waits
 from ridgewalk.calibration.kernel_probes import QUERY_HEADS, ROWS
-from ridgewalk.calibration.overheads import fit_overheads, fit_wait_s, predicted_s
+from ridgewalk.calibration.overheads import fit_overheads, fit_wait_s, left_per_layer_s, predicted_s
 from ridgewalk.calibration.rank_probes import measure_rank
 from ridgewalk.calibration.rank_team import RankTeam, TeamTask
 from ridgewalk.calibration.run import MAX_PROCESSES, in_parts, rank_counts
@@ -29,6 +29,7 @@ from tests.calibration.test_hardware_file import machine
 from tests.parallel.ranks import run_threads
 
 BRIEF = Effort(samples=2, sample_s=0.0)
+ONE_RANK = Mesh()
 
 
 @pytest.mark.parametrize("name", ["bfloat16", "float32"])
@@ -89,12 +90,20 @@ def test_a_team_of_ranks_measures_together(tmp_path: Path) -> None:
     assert all(rank.collectives is not None for rank in team.figures())
 
 
-def test_steps_of_a_small_model_are_measured_through_the_engine(tmp_path: Path) -> None:
-    with EngineTeam(StepsTask(2, 1, 1, (1, 4), num_steps=8), tmp_path) as team:
+@pytest.mark.parametrize(
+    "task",
+    [
+        StepsTask(2, 1, Mesh(), (1, 4), num_steps=8),
+        StepsTask(2, 1, Mesh(dp=2, expert_parallel=True), (1, 4), num_steps=8, sparse=True),
+    ],
+    ids=lambda task: task.name,
+)
+def test_steps_of_a_small_model_are_measured_through_the_engine(task: StepsTask, tmp_path: Path) -> None:
+    with EngineTeam(task, tmp_path) as team:
         team.turn()
         team.finish()
     points = team.points()
-    assert [(point.num_layers, point.num_sequences) for point in points] == [(2, 1), (2, 4)]
+    assert [(point.task, point.num_sequences) for point in points] == [(task, 1), (task, 4)]
     assert all(point.seconds >= 0 for point in points)  # of a model so small, steps that were ahead end together
 
 
@@ -162,29 +171,46 @@ def test_no_more_processes_are_alive_at_once_than_a_machine_bears() -> None:
     assert list(in_parts(sizes)) == [[0, 1], [2], [3], [4]]
 
 
-def points(seconds: Callable[[StepPoint], float]) -> list[StepPoint]:
-    shapes = [StepPoint(layers, sequences, 50.0, 0.0) for layers in (2, 12) for sequences in (1, 32)]
+def points(
+    seconds: Callable[[StepPoint], float], replicas: int = 1, mesh: Mesh = ONE_RANK, sparse: bool = False
+) -> list[StepPoint]:
+    tasks = [StepsTask(layers, replicas, mesh, (1, 32), num_steps=20, sparse=sparse) for layers in (2, 12)]
+    shapes = [StepPoint(task, sequences, 50.0, 0.0) for task in tasks for sequences in task.batches]
     return [msgspec.structs.replace(shape, seconds=seconds(shape)) for shape in shapes]
 
 
 def test_overheads_are_what_steps_take_beyond_the_cost_model() -> None:
     bare = msgspec.structs.replace(machine(), layer_overhead_s=0.0, step_overhead_s=0.0, sequence_overhead_s=0.0)
-    steps = points(
-        lambda at: predicted_s(at, bare, 2, 1) + 1e-3 + at.num_sequences * 5e-6 + at.num_layers * 4e-5
-    )  # fmt: skip
-    assert msgspec.structs.astuple(fit_overheads(steps, bare, 2)) == pytest.approx((1e-3, 5e-6, 4e-5))
+
+    def seconds(at: StepPoint) -> float:
+        return predicted_s(at, bare) + 1e-3 + at.num_sequences * 5e-6 + at.task.num_layers * 4e-5
+
+    found = fit_overheads(points(seconds, replicas=2), bare)
+    assert msgspec.structs.astuple(found) == pytest.approx((1e-3, 5e-6, 4e-5))
 
 
-def test_waiting_is_what_steps_of_ranks_in_lockstep_take_beyond_their_overheads() -> None:
+def test_a_sparse_layer_costs_what_steps_of_a_sparse_model_take_beyond_a_dense_ones_overheads() -> None:
     known = machine()
-    steps = points(lambda at: predicted_s(at, known, 2, 2) + 2 * at.num_layers * 7e-5)
-    wait_s = fit_wait_s(steps, known, 2)
+    steps = points(lambda at: predicted_s(at, known) + at.task.num_layers * 9e-5, replicas=2, sparse=True)
+    found = left_per_layer_s(steps, known)
+    assert found == pytest.approx(9e-5)
+    sparse = msgspec.structs.replace(known, sparse_layer_overhead_s=found)
+    assert predicted_s(steps[-1], sparse) == pytest.approx(steps[-1].seconds)
+    assert left_per_layer_s([msgspec.structs.replace(steps[0], seconds=0.0)], known) == 0
+
+
+@pytest.mark.parametrize("mesh", [Mesh(tp=2), Mesh(dp=2, expert_parallel=True)], ids=lambda mesh: mesh.name)
+def test_waiting_is_what_steps_of_ranks_in_lockstep_take_beyond_their_overheads(mesh: Mesh) -> None:
+    known, sparse = machine(), mesh.expert_parallel
+    steps = points(lambda at: predicted_s(at, known) + 2 * at.task.num_layers * 7e-5, mesh=mesh, sparse=sparse)
+    wait_s = fit_wait_s(steps, known)
     assert wait_s == pytest.approx(7e-5)
-    waiting = with_wait(known, wait_s)
+    waiting = with_waits(known, *((0.0, wait_s) if sparse else (wait_s, 0.0)))
     assert waiting.within_node is not None
     assert waiting.all_to_all is not None
-    assert (waiting.within_node.latency_s, waiting.all_to_all.latency_s) == pytest.approx((7.4e-5, 8e-5))
-    assert predicted_s(steps[0], waiting, 2, 2) == pytest.approx(steps[0].seconds)
+    latencies = waiting.within_node.latency_s, waiting.all_to_all.latency_s
+    assert latencies == pytest.approx((4e-6, 8e-5) if sparse else (7.4e-5, 1e-5))
+    assert predicted_s(steps[0], waiting) == pytest.approx(steps[0].seconds)
 
 
 def test_ranks_are_counted_in_powers_of_two_up_to_the_cores() -> None:

@@ -155,11 +155,11 @@ def test_equal_replicas_get_equal_shares(effort: str) -> None:
     assert max(sent.values()) - min(sent.values()) <= 1
 
 
-def mixed(policy: KvGrowth, busy: int = 120) -> list[ReplicaLoad]:
+def mixed(policy: KvGrowth, busy: int = 165) -> list[ReplicaLoad]:
     """A group of four ranks that has long ones to write, beside two replicas of one rank with nothing to do."""
     for _ in range(busy):
         send(policy, new("high"), "pooled", -1.0).num_output_tokens = 500
-    pooled = replica("pooled", busy, used=busy * 38, total=100_000, peak=24_000, placement="TP4", own=busy)
+    pooled = replica("pooled", busy, used=busy * 38, total=100_000, peak=33_000, placement="TP4", own=busy)
     return [pooled, replica("a", total=14_000), replica("b", total=14_000)]
 
 
@@ -173,7 +173,7 @@ def test_the_long_go_where_kv_is_pooled_and_the_short_where_no_rank_waits_for_an
 def test_a_replica_about_to_run_out_of_kv_is_spared_however_fast_it_is() -> None:
     policy = taught()
     pooled, *others = mixed(policy)
-    full = with_group(pooled, predicted_peak_blocks=99_990.0)
+    full = with_group(pooled, predicted_peak_blocks=104_000.0)
     decision = decide(policy, [full, *others], "high")
     assert decision.replica_id in ("a", "b")
     assert decision.reason is RoutingReason.KV_CLIFF
@@ -183,6 +183,18 @@ def test_a_replica_about_to_run_out_of_kv_is_spared_however_fast_it_is() -> None
         send(policy, new("high"), "idle", 0.0)
     busy = replica("busy", running=200, used=2000, total=100_000)
     assert decide(policy, [replace(idle, num_own=40), busy], "high").replica_id == "busy"
+
+
+def test_a_peak_that_is_only_predicted_costs_a_wait_which_is_better_than_a_crowd() -> None:
+    policy = taught()
+    tight = replica("tight", running=3, used=200, total=1000, peak=995)  # blocks; a short one will have 16
+    crowded = replica("crowded", running=200, used=9_000, total=100_000)
+    decision = decide(policy, [tight, crowded], "low")
+    assert decision == RoutingDecision("tight", RoutingReason.LEAST_DELAY)
+    over = with_group(tight, predicted_peak_blocks=4000.0)
+    assert decide(policy, [over, crowded], "low") == RoutingDecision("crowded", RoutingReason.KV_CLIFF)
+    in_use = with_group(tight, available_blocks=15)
+    assert decide(policy, [in_use, crowded], "low") == RoutingDecision("crowded", RoutingReason.KV_CLIFF)
 
 
 def test_a_request_with_many_sequences_needs_room_for_all_of_them() -> None:

@@ -13,7 +13,7 @@ from ridgewalk.routing.open_sequence import OpenSequence
 from ridgewalk.routing.replica_load import ReplicaLoad
 from tests.routing.builders import new, replica, send, taught
 
-BRISK = LatencySlo(tpot_s=0.010)
+BRISK = LatencySlo(tpot_s=0.011)
 """TP4 keeps it while it has little to do (6 ms and 0.02 for each sequence, and its KV), TP1 (16 ms) never."""
 
 
@@ -34,7 +34,7 @@ def decide(policy: KvGrowth, candidates: list[ReplicaLoad], slo: LatencySlo, now
 
 def test_a_request_goes_where_its_pace_is_kept_though_others_delay_less() -> None:
     policy = taught()
-    candidates = [pool(policy, 100, LatencySlo()), replica("free", total=14_000)]
+    candidates = [pool(policy, 160, LatencySlo()), replica("free", total=14_000)]
     assert decide(policy, candidates, LatencySlo()) == RoutingDecision("free", RoutingReason.FEWER_RANKS)
     assert decide(policy, candidates, BRISK) == RoutingDecision("pooled", RoutingReason.LATENCY_SLO)
 

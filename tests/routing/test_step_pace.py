@@ -50,7 +50,24 @@ def test_no_term_is_below_zero(steps: list[tuple[float, int, int, int]]) -> None
         estimate.observe(StepMeans(1, *step))
     pace = estimate.pace()
     assert pace is not None
-    assert min(pace.base_s, pace.sequence_s, pace.block_s, pace.prefill_token_s) >= 0
+    assert min(pace.base_s, pace.sequence_s, pace.block_s, pace.prefill_token_s, *pace.bends_s) >= 0
+
+
+def test_from_where_computing_takes_longer_than_reading_each_sequence_costs_its_full_share() -> None:
+    def true_s(sequences: float) -> float:
+        return max(0.008, 0.0018 * sequences)  # the roofline: level up to 4.4 sequences
+
+    rng, estimate = random.Random(0), PaceEstimate()
+    for _ in range(600):
+        sequences = rng.randrange(1, 13)
+        estimate.observe(StepMeans(1, true_s(sequences) * rng.lognormvariate(0, 0.1), sequences, 10, 0))
+    pace = estimate.pace()
+    assert pace is not None
+    for sequences in range(1, 13):
+        assert pace.step_s(sequences, 10) == pytest.approx(true_s(sequences), rel=0.1)
+    assert pace.more_s(1, 1) < 3e-4
+    assert pace.more_s(8, 2) == pytest.approx(0.0018, rel=0.15)
+    assert pace.step_s(40, 10) == pytest.approx(true_s(40), rel=0.3)  # as busy it never was
 
 
 def test_means_of_steps_are_as_good_as_each_by_itself() -> None:
@@ -68,8 +85,8 @@ def test_means_of_steps_are_as_good_as_each_by_itself() -> None:
     first, second = single.pace(), averaged.pace()
     assert first is not None
     assert second is not None
-    assert first.step_s(20, 200) == pytest.approx(0.012, rel=1e-3)
-    assert second.step_s(20, 200) == pytest.approx(0.012, rel=1e-3)
+    assert first.step_s(20, 200) == pytest.approx(0.012, rel=3e-3)
+    assert second.step_s(20, 200) == pytest.approx(0.012, rel=3e-3)
 
 
 def test_what_never_varied_is_taken_for_the_base() -> None:

@@ -18,15 +18,7 @@ from ridgewalk.replica.engine_config import EngineConfig
 from ridgewalk.replica.offline import OfflineEngine
 
 PROMPT, VOCABULARY, HIDDEN = 16, 16_000, 128
-
-
-class StepPoint(msgspec.Struct, frozen=True):
-    """Decode steps of so many sequences, on a model of so many layers."""
-
-    num_layers: int
-    num_sequences: int
-    context: float  # mean tokens of a sequence
-    seconds: float  # of a step
+EXPERTS_PER_TOKEN = 4
 
 
 @dataclass(frozen=True)
@@ -35,18 +27,49 @@ class StepsTask:
 
     num_layers: int
     replicas: int
-    tensor_parallel_size: int
-    batches: tuple[int, ...]
+    mesh: Mesh  # of each
+    batches: tuple[int, ...]  # sequences of each attention group
     num_steps: int
+    sparse: bool = False  # every layer routes tokens to experts
 
     @property
     def num_ranks(self) -> int:
         """On the machine."""
-        return self.replicas * self.tensor_parallel_size
+        return self.replicas * self.mesh.world_size
+
+    @property
+    def name(self) -> str:
+        """In words."""
+        return f"{self.num_layers}{' sparse' * self.sparse} layers, {self.replicas} x {self.mesh.name}"
 
 
-def small_shape(num_layers: int, num_ranks: int) -> dict[str, Any]:
+class StepPoint(msgspec.Struct, frozen=True):
+    """Decode steps of a small model."""
+
+    task: StepsTask
+    num_sequences: int  # of each attention group
+    context: float  # mean tokens of a sequence
+    seconds: float  # of a step
+
+
+def small_shape(task: StepsTask) -> dict[str, Any]:
     """Of a Qwen3 whose products take little; its vocabulary is that of a small model, for sampling."""
+    shape = _dense_shape(task.num_layers, task.num_ranks)
+    if not task.sparse:
+        return shape
+    return shape | {
+        "architectures": ["Qwen3MoeForCausalLM"],
+        "model_type": "qwen3_moe",
+        "num_experts": max(16, 8 * task.mesh.world_size),
+        "num_experts_per_tok": EXPERTS_PER_TOKEN,
+        "moe_intermediate_size": 64,
+        "norm_topk_prob": True,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+    }
+
+
+def _dense_shape(num_layers: int, num_ranks: int) -> dict[str, Any]:
     kv_heads = num_ranks * -(-4 // num_ranks)
     return {
         "architectures": ["Qwen3ForCausalLM"],
@@ -70,11 +93,11 @@ def small_shape(num_layers: int, num_ranks: int) -> dict[str, Any]:
     }
 
 
-def write_small_model(folder: Path, num_layers: int, num_ranks: int) -> Path:
+def write_small_model(task: StepsTask, folder: Path) -> Path:
     """A checkpoint of `small_shape` with random weights."""
     from ridgewalk.zoo.random_checkpoint import write_checkpoint
 
-    return write_checkpoint(small_shape(num_layers, num_ranks), folder, seed=0, dtype="bfloat16")
+    return write_checkpoint(small_shape(task), folder, seed=0, dtype="bfloat16")
 
 
 class EngineTeam(Team):
@@ -84,9 +107,8 @@ class EngineTeam(Team):
     """
 
     def __init__(self, task: StepsTask, folder: Path) -> None:
-        name = f"{task.num_layers} layers, {task.replicas} x {Mesh(tp=task.tensor_parallel_size).name}"
-        model = write_small_model(folder / name, task.num_layers, task.num_ranks)
-        super().__init__(f"steps of {name}", _run_engine, [(task, str(model))] * task.replicas)
+        model = write_small_model(task, folder / task.name)
+        super().__init__(f"steps of {task.name}", _run_engine, [(task, str(model))] * task.replicas)
         self.num_processes = task.replicas + task.num_ranks
 
     def points(self) -> list[StepPoint]:
@@ -104,10 +126,10 @@ def _run_engine(turns: Turns, task: StepsTask, model: str) -> None:
         for _ in turns:
             for batch in task.batches:
                 turns.together()
-                times.append((batch, _step_s(engine, batch, task.num_steps)))
+                times.append((batch, _step_s(engine, batch * task.mesh.dp, task.num_steps)))
     points = [
         StepPoint(
-            task.num_layers,
+            task,
             batch,
             PROMPT + task.num_steps / 2,
             median(seconds for measured, seconds in times if measured == batch),
@@ -118,18 +140,20 @@ def _run_engine(turns: Turns, task: StepsTask, model: str) -> None:
 
 
 def _config(task: StepsTask, model: str) -> EngineConfig:
-    longest = PROMPT + task.num_steps + 8
+    longest, mesh = PROMPT + task.num_steps + 8, task.mesh
     return EngineConfig(
         model_name="calibration",
-        placement=Mesh(tp=task.tensor_parallel_size).name,
+        placement=mesh.name,
         model_path=model,
         dtype="bfloat16",
-        tp=task.tensor_parallel_size,
+        tp=mesh.tp,
+        dp=mesh.dp,
+        expert_parallel=mesh.expert_parallel,
         max_model_len=longest,
         max_num_seqs=max(task.batches),
         max_num_batched_tokens=2048,
         block_size=16,
-        max_waiting=max(task.batches),
+        max_waiting=max(task.batches) * mesh.dp,
         num_blocks=-(-longest // 16) * max(task.batches),
         ranks_per_host=task.num_ranks,
     )

@@ -32,7 +32,8 @@ HOW: Mapping[str, str] = {
     f"{collective_probes.FEW_BYTES >> 10} KiB, and what {collective_probes.MANY_BYTES >> 10} KiB take beyond it, "
     "counted as 2 (n - 1) / n of them; in latency_s also what an all-reduce takes longer in decode steps of small "
     "models than alone, as ranks wait for each other",
-    "all_to_all": "the same of an all-to-all in equal parts, counted as (n - 1) / n; ranks wait as for an all-reduce",
+    "all_to_all": "the same of an all-to-all in equal parts, counted as (n - 1) / n; in latency_s also what dispatch "
+    "and combine take longer in decode steps of a small sparse model, sorting of rows by rank included",
     "straggle": "of what ranks compute between two collectives, by how much the last is behind a rank alone: products "
     "of 32 rows with an all-reduce after each",
     "bandwidth_efficiency": "rates above are those reached",
@@ -44,6 +45,8 @@ HOW: Mapping[str, str] = {
     "layer_overhead_s": "seconds of a layer in a step; this and the next two are what decode steps of small models "
     f"({engine_probe.PROMPT} prompt tokens, hidden {engine_probe.HIDDEN}) take beyond all of the above, each rank a "
     "replica, with schedulers and ranks in processes of their own",
+    "sparse_layer_overhead_s": "seconds that a layer takes more if tokens choose experts: what decode steps of a small "
+    f"sparse model take beyond all of the above, {engine_probe.EXPERTS_PER_TOKEN} experts a token",
     "step_overhead_s": "seconds of a step",
     "sequence_overhead_s": f"seconds of each sequence of a step, sampling from {engine_probe.VOCABULARY:,} included",
     "host_shares_cores": "scheduler and ranks have the same cores",
@@ -83,6 +86,7 @@ def rank_rates(figures: Sequence[RankFigures], overheads: Overheads) -> RankRate
         },
         layer_overhead_s=overheads.layer_s,
         value_overhead_s=fmean(rank.value_s for ranks in dtypes.values() for rank in ranks),
+        sparse_layer_overhead_s=0.0,
         step_overhead_s=overheads.step_s,
         sequence_overhead_s=overheads.sequence_s,
     )
@@ -128,10 +132,10 @@ def hardware_spec(
     )
 
 
-def with_wait(hardware: HardwareSpec, wait_s: float) -> HardwareSpec:
+def with_waits(hardware: HardwareSpec, all_reduce_s: float, all_to_all_s: float) -> HardwareSpec:
     """Collectives take so much longer within steps."""
-    links = {}
-    for name in ("within_node", "all_to_all"):
+    waits, links = {"within_node": all_reduce_s, "all_to_all": all_to_all_s}, {}
+    for name, wait_s in waits.items():
         link = getattr(hardware, name)
         links[name] = None if link is None else msgspec.structs.replace(link, latency_s=link.latency_s + wait_s)
     return msgspec.structs.replace(hardware, **links)

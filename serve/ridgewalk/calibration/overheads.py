@@ -1,4 +1,4 @@
-"""Overheads of a step: what real steps take beyond the cost model's terms, divided by least squares."""
+"""Overheads of a step: what real steps take beyond the terms of the cost model, divided by least squares."""
 
 from __future__ import annotations
 
@@ -9,55 +9,47 @@ import numpy as np
 
 from ridgewalk.calibration.engine_probe import StepPoint, small_shape
 from ridgewalk.calibration.figures import Overheads
+from ridgewalk.least_squares import non_negative_solution
 from ridgewalk.placement.cost_model import CostModel, GroupLoad
 from ridgewalk.placement.hardware import HardwareSpec
-from ridgewalk.placement.mesh import Mesh
 from ridgewalk.placement.model_spec import ModelSpec
 
+COLLECTIVES_PER_LAYER = 2
+"""Of a tensor-parallel layer (all-reduces) and of an expert-parallel one whose attention is not split (all-to-alls)."""
 
-def fit_overheads(points: Sequence[StepPoint], hardware: HardwareSpec, num_ranks: int) -> Overheads:
-    """What is left of the steps of small models is a sum over steps, sequences and layers.
+
+def fit_overheads(points: Sequence[StepPoint], hardware: HardwareSpec) -> Overheads:
+    """What is left of the steps of small dense models is a sum over steps, sequences and layers.
 
     Args:
         points: at least two numbers of layers and two of sequences, of replicas of one rank.
-        hardware: as one of ``num_ranks`` ranks has it, without overheads.
-        num_ranks: on the machine, each a replica.
+        hardware: as one of their ranks has it, without overheads.
     """
-    columns = [[1.0, point.num_sequences, point.num_layers] for point in points]
-    left = [point.seconds - predicted_s(point, hardware, num_ranks, tp=1) for point in points]
-    return Overheads(*_non_negative(np.array(columns), np.array(left)).tolist())
+    columns = np.array([[1.0, point.num_sequences, point.task.num_layers] for point in points])
+    left = np.array([point.seconds - predicted_s(point, hardware) for point in points])
+    return Overheads(*non_negative_solution(columns.T @ columns, columns.T @ left).tolist())
 
 
-def _non_negative(columns: np.ndarray, left: np.ndarray) -> np.ndarray:
-    """Least squares; terms that would be negative are left out, so that the others do not make up for them."""
-    kept = np.arange(columns.shape[1])
-    while True:
-        found = np.zeros(columns.shape[1])
-        found[kept] = np.linalg.lstsq(columns[:, kept], left, rcond=None)[0]
-        if found.min() >= 0:
-            return found
-        kept = np.setdiff1d(kept, found.argmin())
+def left_per_layer_s(points: Sequence[StepPoint], hardware: HardwareSpec) -> float:
+    """What a layer of these steps takes beyond all that ``hardware`` has for it. Seconds, not negative."""
+    return max(0.0, fmean((point.seconds - predicted_s(point, hardware)) / point.task.num_layers for point in points))
 
 
-def fit_wait_s(points: Sequence[StepPoint], hardware: HardwareSpec, num_ranks: int) -> float:
+def fit_wait_s(points: Sequence[StepPoint], hardware: HardwareSpec) -> float:
     """What a collective takes longer in a step than alone: its ranks do not come at the same time.
 
     Args:
-        points: of one tensor-parallel replica; a layer of a step has two all-reduces.
-        hardware: as ``num_ranks`` ranks of one replica have it, with overheads.
-        num_ranks: of the replica, which has the machine to itself.
+        points: of one replica of several ranks.
+        hardware: as these have it, with overheads.
     """
-    left = [
-        (point.seconds - predicted_s(point, hardware, num_ranks, tp=num_ranks)) / (2 * point.num_layers)
-        for point in points
-    ]
-    return max(0.0, fmean(left))
+    return left_per_layer_s(points, hardware) / COLLECTIVES_PER_LAYER
 
 
-def predicted_s(point: StepPoint, hardware: HardwareSpec, num_ranks: int, tp: int) -> float:
-    """What the cost model knows of such a step of a replica, of the small model for so many ranks."""
-    spec = ModelSpec.from_config({**small_shape(point.num_layers, num_ranks), "dtype": "bfloat16"})
-    read = point.num_sequences * point.context
-    cost = CostModel(spec, Mesh(tp=tp), hardware)
-    (stage,) = cost.stage_times([GroupLoad(point.num_sequences, point.num_sequences, read, read)])
-    return cost.host_s(point.num_sequences) + stage.total
+def predicted_s(point: StepPoint, hardware: HardwareSpec) -> float:
+    """What the cost model knows of such a step of a replica."""
+    task, sequences = point.task, point.num_sequences
+    spec = ModelSpec.from_config({**small_shape(task), "dtype": "bfloat16"})
+    read = sequences * point.context
+    cost = CostModel(spec, task.mesh, hardware)
+    (stage,) = cost.stage_times([GroupLoad(sequences, sequences, read, read)] * task.mesh.dp)
+    return cost.host_s(sequences * task.mesh.dp) + stage.total

@@ -8,8 +8,10 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
+import msgspec
 import psutil
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
@@ -17,14 +19,15 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from ridgewalk import __version__
 from ridgewalk.calibration.engine_probe import EngineTeam, StepPoint, StepsTask
 from ridgewalk.calibration.figures import CollectiveRates, RankFigures
-from ridgewalk.calibration.hardware_file import NO_OVERHEADS, as_yaml, hardware_spec, rank_rates, with_wait
+from ridgewalk.calibration.hardware_file import NO_OVERHEADS, as_yaml, hardware_spec, rank_rates, with_waits
 from ridgewalk.calibration.kernel_probes import COLD_BYTES
-from ridgewalk.calibration.overheads import fit_overheads, fit_wait_s
+from ridgewalk.calibration.overheads import fit_overheads, fit_wait_s, left_per_layer_s
 from ridgewalk.calibration.rank_team import RankTeam, TeamTask
 from ridgewalk.calibration.team import CalibrationError
 from ridgewalk.config import ConfigError
 from ridgewalk.machine import calibration_path, cpu_name, num_cores
 from ridgewalk.placement.hardware import HardwareSpec, RankRates
+from ridgewalk.placement.mesh import Mesh
 from ridgewalk.replica.host import memory_bytes
 from ridgewalk.replica.sizing import CPU_SHARE, RANK_PROCESS_BYTES
 
@@ -94,26 +97,31 @@ def measure_machine(cores: int, extent: Extent, tell: Callable[[str, int, int], 
     Raises:
         CalibrationError: a rank failed.
     """
-    counts = rank_counts(cores)
-    with tempfile.TemporaryDirectory() as folder:
-        kernels = {ranks: _rank_team(extent, cores, ranks, Path(folder)) for ranks in counts}
-        engines = {ranks: _engine_teams(extent, ranks, 1, Path(folder)) for ranks in counts}
-        lockstep = _engine_teams(extent, 1, cores, Path(folder)) if cores > 1 else []
+    counts, deep = rank_counts(cores), extent.layers[-1:]
+    with tempfile.TemporaryDirectory() as name:
+        make = partial(_engine_teams, extent, Path(name))
+        kernels = {ranks: _rank_team(extent, cores, ranks, Path(name)) for ranks in counts}
+        dense = {ranks: make(ranks, Mesh(), extent.layers) for ranks in counts}
+        sparse = {ranks: make(ranks, Mesh(), deep, sparse=True) for ranks in counts}
+        reducing = make(1, Mesh(tp=cores), deep) if cores > 1 else []
+        exchanging = make(1, Mesh(dp=cores, expert_parallel=True), deep, sparse=True) if cores > 1 else []
         # Of equal numbers of ranks one after the other: they are compared, and should take turns on big machines too.
-        teams = [team for ranks in counts for team in (kernels[ranks], *engines[ranks])] + lockstep
-        _measure(teams, extent.turns, tell)
+        teams = [team for ranks in counts for team in (kernels[ranks], *dense[ranks], *sparse[ranks])]
+        _measure([*teams, *reducing, *exchanging], extent.turns, tell)
     figures = {ranks: team.figures() for ranks, team in kernels.items()}
-    bare = _describe(figures, {ranks: rank_rates(found, NO_OVERHEADS) for ranks, found in figures.items()})
-    rates = {}
-    for ranks, found in figures.items():
-        overheads = fit_overheads(_points(engines[ranks]), bare.shared_by(ranks), ranks)
-        rates[ranks] = rank_rates(found, overheads)
+    rates = {ranks: rank_rates(found, NO_OVERHEADS) for ranks, found in figures.items()}
     hardware = _describe(figures, rates)
-    return (
-        with_wait(hardware, fit_wait_s(_points(lockstep), hardware.shared_by(cores, 1), cores))
-        if lockstep
-        else hardware
-    )
+    for ranks, teams in dense.items():
+        rates[ranks] = rank_rates(figures[ranks], fit_overheads(_points(teams), hardware.shared_by(ranks)))
+    hardware = _describe(figures, rates)
+    for ranks, teams in sparse.items():
+        left_s = left_per_layer_s(_points(teams), hardware.shared_by(ranks))
+        rates[ranks] = msgspec.structs.replace(rates[ranks], sparse_layer_overhead_s=left_s)
+    hardware = _describe(figures, rates)
+    if cores == 1:
+        return hardware
+    together = hardware.shared_by(cores, 1)
+    return with_waits(hardware, fit_wait_s(_points(reducing), together), fit_wait_s(_points(exchanging), together))
 
 
 def _rank_team(extent: Extent, cores: int, ranks: int, folder: Path) -> RankTeam:
@@ -122,8 +130,10 @@ def _rank_team(extent: Extent, cores: int, ranks: int, folder: Path) -> RankTeam
     return RankTeam(task, folder)
 
 
-def _engine_teams(extent: Extent, replicas: int, tp: int, folder: Path) -> list[EngineTeam]:
-    tasks = [StepsTask(layers, replicas, tp, extent.batches, extent.num_steps) for layers in extent.layers]
+def _engine_teams(
+    extent: Extent, folder: Path, replicas: int, mesh: Mesh, layers: Sequence[int], sparse: bool = False
+) -> list[EngineTeam]:
+    tasks = [StepsTask(each, replicas, mesh, extent.batches, extent.num_steps, sparse) for each in layers]
     return [EngineTeam(task, folder) for task in tasks]
 
 

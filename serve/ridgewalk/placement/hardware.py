@@ -47,6 +47,7 @@ class RankRates(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
     value_overhead_s: _NotNegative
     step_overhead_s: _NotNegative
     sequence_overhead_s: _NotNegative
+    sparse_layer_overhead_s: _NotNegative = 0.0
 
 
 class HardwareSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

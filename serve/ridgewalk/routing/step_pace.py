@@ -1,4 +1,9 @@
-"""How long the steps of a placement take, as a sum of four terms that are learned from what its replicas report."""
+"""How long the steps of a placement take, as a sum of terms that are learned from what its replicas report.
+
+While a step's time is that of reading weights, more sequences hardly cost anything; from some number on their products
+take longer than the reading (the roofline), and each costs its full share. So the time is convex in their number, and
+is learned as such: the slope may grow at each of `BENDS`.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ridgewalk.engine.step_meter import StepMeans
+from ridgewalk.least_squares import non_negative_solution
 
 HALF_LIFE = 8000
 """Steps after which one counts half: contexts grow, and neighbours on the machine come and go."""
@@ -17,6 +23,11 @@ thought to bear more without getting slower, until it has shown that it does not
 
 MIN_STEPS = 8
 """Fewer say nothing yet."""
+
+BENDS = (4, 16, 64, 256)
+"""Numbers of sequences from which one more may cost more than before."""
+
+_NUM_TERMS = 4 + len(BENDS)
 
 
 @dataclass(frozen=True)
@@ -30,10 +41,20 @@ class StepPace:
     sequence_s: float  # for each running sequence
     block_s: float  # for each KV block attended to
     prefill_token_s: float  # for each prompt token computed
+    bends_s: tuple[float, ...] = ()  # for each sequence beyond the number in `BENDS`, in addition
 
     def step_s(self, num_sequences: float, num_blocks: float) -> float:
         """Seconds of a step without prompts."""
-        return self.base_s + self.sequence_s * num_sequences + self.block_s * num_blocks
+        beyond = sum(
+            bend_s * (num_sequences - bend)
+            for bend, bend_s in zip(BENDS, self.bends_s, strict=False)
+            if bend < num_sequences
+        )
+        return self.base_s + self.sequence_s * num_sequences + beyond + self.block_s * num_blocks
+
+    def more_s(self, num_sequences: float, more: float) -> float:
+        """Seconds by which each of so ``more`` sequences makes a step longer, what they attend to left aside."""
+        return (self.step_s(num_sequences + more, 0) - self.step_s(num_sequences, 0)) / more
 
 
 class PaceEstimate:
@@ -43,8 +64,8 @@ class PaceEstimate:
     """
 
     def __init__(self) -> None:
-        self._products = np.zeros((4, 4))
-        self._targets = np.zeros(4)
+        self._products = np.zeros((_NUM_TERMS, _NUM_TERMS))
+        self._targets = np.zeros(_NUM_TERMS)
         self._num_steps = 0
         self._decay = 0.5 ** (1 / HALF_LIFE)
 
@@ -52,7 +73,8 @@ class PaceEstimate:
         """Some steps of one replica."""
         if means.seconds <= 0:
             return
-        features = np.array([1.0, means.sequences, means.blocks, means.prefill_tokens]) / means.seconds
+        beyond = [max(0.0, means.sequences - bend) for bend in BENDS]
+        features = np.array([1.0, means.sequences, means.blocks, means.prefill_tokens, *beyond]) / means.seconds
         faded = self._decay**means.steps
         self._products = self._products * faded + means.steps * np.outer(features, features)
         self._targets = self._targets * faded + means.steps * features
@@ -63,14 +85,6 @@ class PaceEstimate:
         if self._num_steps < MIN_STEPS:
             return None
         scale = np.sqrt(np.maximum(np.diag(self._products), 1e-300))
-        products = self._products / np.outer(scale, scale) + RIDGE * np.diag([1e-3, 1.0, 1.0, 1.0])
-        targets = self._targets / scale
-        terms = [term for term in range(4) if self._products[term, term] > 0]
-        found = np.zeros(4)
-        while terms:
-            some = np.linalg.solve(products[np.ix_(terms, terms)], targets[terms])
-            if some.min() >= 0:
-                found[terms] = some / scale[terms]
-                break
-            terms.remove(terms[int(some.argmin())])
-        return StepPace(*(float(term) for term in found))
+        products = self._products / np.outer(scale, scale) + RIDGE * np.diag([1e-3] + [1.0] * (_NUM_TERMS - 1))
+        base, sequence, block, prefill, *bends = non_negative_solution(products, self._targets / scale) / scale
+        return StepPace(float(base), float(sequence), float(block), float(prefill), tuple(map(float, bends)))
