@@ -46,9 +46,20 @@ def installed(requirement: str) -> Path:
     folder = CACHE / requirement.replace("<", "_").replace(">", "_").replace("=", "").replace(",", "_")
     if not folder.exists():
         partial = folder.with_suffix(".partial")
+        uv = [
+            str(Path(sys.executable).with_name("uv")),
+            "pip",
+            "install",
+            "--quiet",
+            "--python",
+            sys.executable,
+        ]  # a fifth of pip's time
         pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-compile"]
-        command = [*pip, "--target", str(partial), requirement]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        for installer in [uv, pip] if Path(uv[0]).exists() else [pip]:
+            command = [*installer, "--target", str(partial), requirement]
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            if done.returncode == 0:
+                break
         if done.returncode:
             pytest.skip(f"{requirement} cannot be installed here: {done.stderr.strip().splitlines()[-1]}")
         partial.rename(folder)

@@ -21,7 +21,7 @@ class RoutingReason(str, Enum):
     FEWER_RANKS = "fewer_ranks"  # rather than one whose ranks wait for more others in every step
     CACHED_PREFIX = "cached_prefix"  # its prompt's beginning is cached there; another one would delay less otherwise
     LATENCY_SLO = "latency_slo"  # more requests keep the pace that they ask for than where the delay would be least
-    KV_CLIFF = "kv_cliff"  # the one that would be better is about to run out of KV
+    KV_CLIFF = "kv_cliff"  # the one that would be better has, or will soon have, no KV for it
 
 
 @dataclass(frozen=True)

@@ -169,7 +169,7 @@ class KvGrowth:
         """It counts from now on."""
         there = self._open.setdefault(sequence.replica_id, _Open())
         there.sequences[sequence] = None
-        remaining = self._lengths.of_new(sequence.new).mean
+        remaining = max(1.0, self._lengths.of_new(sequence.new).mean)
         there.remaining = np.append(there.remaining, remaining)
         there.output_tokens = np.append(there.output_tokens, remaining)
         there.final_tokens = np.append(there.final_tokens, sequence.new.num_known_tokens + remaining)
@@ -229,7 +229,7 @@ class KvGrowth:
         return _Growth(
             count,
             sum(new.num_known_tokens for new in request) / count,
-            sum(each.mean for each in remaining) / count,
+            max(1.0, sum(each.mean for each in remaining) / count),
             sum(each.square for each in remaining) / count,
             # Who had tokens elsewhere has had its first.
             request[0].slo if request[0].num_resumed_tokens == 0 else LatencySlo(tpot_s=request[0].slo.tpot_s),
