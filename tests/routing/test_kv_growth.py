@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 
 from ridgewalk.routing.decision import RoutingDecision, RoutingReason
 from ridgewalk.routing.kv_growth import KvGrowth
+from ridgewalk.routing.latency_slo import LatencySlo
+from ridgewalk.routing.length_forecast import EASE
 from ridgewalk.routing.prefix_index import PREFIX_BLOCK, prefix_hashes
 from ridgewalk.routing.replica_load import ReplicaLoad
 from tests.routing.builders import MAX_MODEL_LEN, PACES, finish, new, replica, send, taught, with_group
@@ -197,6 +199,55 @@ def test_a_peak_that_is_only_predicted_costs_a_wait_which_is_better_than_a_crowd
     assert decide(policy, [in_use, crowded], "low") == RoutingDecision("crowded", RoutingReason.KV_CLIFF)
 
 
+def test_a_short_request_is_worth_its_own_pace_though_it_holds_up_long_ones() -> None:
+    """By squared latency alone it would keep away from the fast group as soon as 120 long ones are there."""
+    policy = taught()
+    assert decide(policy, mixed(policy, busy=120), "low").replica_id == "pooled"
+    policy = taught()
+    assert decide(policy, mixed(policy, busy=250), "low").replica_id == "a"
+
+
+def test_a_wait_for_kv_is_as_long_in_several_groups_as_in_one() -> None:
+    """Of as much KV in all, and as much over: whether one group or four have it."""
+    for groups in (1, 4):
+        policy = taught()
+        for _ in range(20):
+            send(policy, new("high"), "tight", -1.0).num_output_tokens = 500
+        total, over = 8000 // groups, 1.3
+        tight = replica("tight", 20, used=total // 10, total=total, peak=over * total, own=20, groups=groups)
+        crowded = replica("crowded", running=200, used=9_000, total=100_000)
+        assert decide(policy, [tight, crowded], "low") == RoutingDecision("crowded", RoutingReason.KV_CLIFF)
+        relaxed = with_group(tight, predicted_peak_blocks=total / 2)
+        assert decide(policy, [relaxed, crowded], "low").replica_id == "tight"
+
+
+def test_few_sequences_of_ones_own_do_not_speak_for_those_of_other_ingresses() -> None:
+    tight = replica("tight", 60, used=6_000, total=10_000, peak=12_000)
+    other = replica("other", 140, used=5_000, total=10_000, peak=7_000)
+    assert decide(taught(), [tight, other], "high").replica_id == "other"
+    policy = taught()
+    send(policy, new("low"), "tight", -2.0).num_output_tokens = 140
+    assert decide(policy, [replace(tight, num_own=1), other], "high").replica_id == "other"
+
+
+def test_fast_steps_are_no_reason_to_wait_for_longer_than_they_save() -> None:
+    policy = taught()
+    pooled, *others = mixed(policy, busy=40)
+    tight = with_group(pooled, predicted_peak_blocks=130_000.0)
+    asked = [replace(new("low"), slo=LatencySlo(tpot_s=0.011))]
+    decision = policy.choose(asked, [tight, *others], 0.0)
+    assert decision is not None
+    assert decision.replica_id in ("a", "b")
+    assert decision.reason is RoutingReason.KV_CLIFF
+
+
+def test_seats_that_lack_are_not_called_kv() -> None:
+    policy = taught()
+    seated = replica("seated", running=16, used=100, seats=16)
+    decision = decide(policy, [seated, replica("crowded", running=200, used=9_000, total=100_000)], "low")
+    assert decision == RoutingDecision("crowded", RoutingReason.LEAST_DELAY)
+
+
 def test_a_request_with_many_sequences_needs_room_for_all_of_them() -> None:
     candidates = [replica("small", total=1000), replica("large", running=100, used=5000, total=100_000)]
     assert decide(TAUGHT, candidates, "high", 1).replica_id == "small"
@@ -227,7 +278,7 @@ def test_a_class_that_shows_is_told_apart_and_outputs_without_an_end_run_to_thei
     assert forecast.of_new(new("low")).mean == pytest.approx(150, rel=0.2)
     assert 200 < forecast.of_new(new()).mean < 900  # of a class of its own: leans on all that ended
     endless = forecast.of_new(new(stops=()))
-    assert (endless.mean, endless.square) == (4096, 4096**2)
+    assert (endless.mean, endless.power) == (4096, 4096 ** (2 - EASE))
     resumed = replace(new("high"), num_resumed_tokens=1000)
     assert forecast.of_new(resumed).mean == pytest.approx(2000, rel=0.15)
 

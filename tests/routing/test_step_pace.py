@@ -70,6 +70,18 @@ def test_from_where_computing_takes_longer_than_reading_each_sequence_costs_its_
     assert pace.step_s(40, 10) == pytest.approx(true_s(40), rel=0.3)  # as busy it never was
 
 
+def test_one_slow_step_just_beyond_what_was_seen_before_bends_nothing() -> None:
+    true, rng, estimate = StepPace(0.016, 2e-5, 8e-7, 1e-4), random.Random(0), PaceEstimate()
+    for _ in range(300):
+        sequences = rng.randrange(1, 16)
+        seconds = true.step_s(sequences, 10 * sequences) * rng.lognormvariate(0, 0.05)
+        estimate.observe(StepMeans(1, seconds, sequences, 10 * sequences, 0))
+    estimate.observe(StepMeans(1, 0.3, 17, 170, 0))
+    pace = estimate.pace()
+    assert pace is not None
+    assert pace.step_s(40, 400) < 1.5 * true.step_s(40, 400)
+
+
 def test_means_of_steps_are_as_good_as_each_by_itself() -> None:
     single, averaged, meter = PaceEstimate(), PaceEstimate(), StepMeter(16)
     for sequences in range(1, 101):

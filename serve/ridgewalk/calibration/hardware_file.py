@@ -45,10 +45,10 @@ HOW: Mapping[str, str] = {
     "layer_overhead_s": "seconds of a layer in a step; this and the next two are what decode steps of small models "
     f"({engine_probe.PROMPT} prompt tokens, hidden {engine_probe.HIDDEN}) take beyond all of the above, each rank a "
     "replica, with schedulers and ranks in processes of their own",
-    "sparse_layer_overhead_s": "seconds that a layer takes more if tokens choose experts: what decode steps of a small "
-    f"sparse model take beyond all of the above, {engine_probe.EXPERTS_PER_TOKEN} experts a token",
     "step_overhead_s": "seconds of a step",
     "sequence_overhead_s": f"seconds of each sequence of a step, sampling from {engine_probe.VOCABULARY:,} included",
+    "sparse_layer_overhead_s": "seconds that a layer takes more if tokens choose experts: what decode steps of a small "
+    f"sparse model take beyond all of the above, {engine_probe.EXPERTS_PER_TOKEN} experts a token",
     "host_shares_cores": "scheduler and ranks have the same cores",
     "memory_share": "of the memory, for all ranks: what `ridgewalk serve` takes by default",
     "process_bytes": "bytes of a rank's process before it holds anything of a model",

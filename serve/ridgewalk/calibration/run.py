@@ -31,8 +31,8 @@ from ridgewalk.placement.mesh import Mesh
 from ridgewalk.replica.host import memory_bytes
 from ridgewalk.replica.sizing import CPU_SHARE, RANK_PROCESS_BYTES
 
-MAX_PROCESSES = 48
-"""Alive at once, each with a torch of its own. More teams than that are measured one part after the other."""
+MAX_PROCESSES = 64
+"""Alive at once, each with a torch of its own. Beyond it numbers of ranks are measured one part after the other."""
 
 LEAST_COLD_BYTES = 24 * 2**20
 """Of a rank, however many there are."""
@@ -43,7 +43,7 @@ DISTURBED = 0.1
 
 @dataclass(frozen=True)
 class Extent:
-    """How much is measured, in many short turns. The defaults take two minutes on two slow cores."""
+    """How much is measured, in many short turns. The defaults take two to three minutes on two slow cores."""
 
     dtypes: tuple[str, ...] = ("bfloat16", "float16", "float32")
     turns: int = 16
@@ -105,9 +105,10 @@ def measure_machine(cores: int, extent: Extent, tell: Callable[[str, int, int], 
         sparse = {ranks: make(ranks, Mesh(), deep, sparse=True) for ranks in counts}
         reducing = make(1, Mesh(tp=cores), deep) if cores > 1 else []
         exchanging = make(1, Mesh(dp=cores, expert_parallel=True), deep, sparse=True) if cores > 1 else []
-        # Of equal numbers of ranks one after the other: they are compared, and should take turns on big machines too.
-        teams = [team for ranks in counts for team in (kernels[ranks], *dense[ranks], *sparse[ranks])]
-        _measure([*teams, *reducing, *exchanging], extent.turns, tell)
+        # What is subtracted from each other takes turns on machines of any size.
+        together = [[kernels[ranks], *dense[ranks], *sparse[ranks]] for ranks in counts]
+        together[-1] += [*reducing, *exchanging]
+        _measure(together, extent.turns, tell)
     figures = {ranks: team.figures() for ranks, team in kernels.items()}
     rates = {ranks: rank_rates(found, NO_OVERHEADS) for ranks, found in figures.items()}
     hardware = _describe(figures, rates)
@@ -120,8 +121,8 @@ def measure_machine(cores: int, extent: Extent, tell: Callable[[str, int, int], 
     hardware = _describe(figures, rates)
     if cores == 1:
         return hardware
-    together = hardware.shared_by(cores, 1)
-    return with_waits(hardware, fit_wait_s(_points(reducing), together), fit_wait_s(_points(exchanging), together))
+    replica = hardware.shared_by(cores, 1)
+    return with_waits(hardware, fit_wait_s(_points(reducing), replica), fit_wait_s(_points(exchanging), replica))
 
 
 def _rank_team(extent: Extent, cores: int, ranks: int, folder: Path) -> RankTeam:
@@ -141,26 +142,29 @@ def _points(teams: Sequence[EngineTeam]) -> list[StepPoint]:
     return [point for team in teams for point in team.points()]
 
 
-def _measure(teams: Sequence[RankTeam | EngineTeam], turns: int, tell: Callable[[str, int, int], None]) -> None:
-    done, total = 0, len(teams) * (1 + turns)
-    for some in in_parts([team.num_processes for team in teams]):
+def _measure(
+    together: Sequence[Sequence[RankTeam | EngineTeam]], turns: int, tell: Callable[[str, int, int], None]
+) -> None:
+    done, total = 0, sum(len(teams) for teams in together) * (1 + turns)
+    for part in in_parts([sum(team.num_processes for team in teams) for teams in together]):
+        some = [team for index in part for team in together[index]]
         with ExitStack() as stack:
-            for number in some:
-                tell(f"starting: {teams[number].about}", done, total)
-                stack.enter_context(teams[number])
+            for team in some:
+                tell(f"starting: {team.about}", done, total)
+                stack.enter_context(team)
                 done += 1
             for turn in range(turns):
-                for number in some:
-                    tell(f"turn {turn + 1} of {turns}: {teams[number].about}", done, total)
-                    teams[number].turn()
+                for team in some:
+                    tell(f"turn {turn + 1} of {turns}: {team.about}", done, total)
+                    team.turn()
                     done += 1
-            for number in some:
-                teams[number].finish()
+            for team in some:
+                team.finish()
     tell("done", total, total)
 
 
 def in_parts(sizes: Sequence[int]) -> Iterator[list[int]]:
-    """Indices of teams that are measured in turns with each other, by their numbers of processes."""
+    """Indices of what is measured in turns with each other, by numbers of processes."""
     part: list[int] = []
     for index, size in enumerate(sizes):
         if part and sum(sizes[other] for other in part) + size > MAX_PROCESSES:

@@ -1,15 +1,15 @@
 """Each request goes where it delays everybody least, by how far its KV cache is expected to grow.
 
-The cost of a replica is what the sum of  latency^2 / sqrt(output tokens)  over all open requests grows by when the
-request goes there: its own share, and for each request j that is there already, 2 x latency(j) x (what j is held up) /
-sqrt(output(j)). Taking what increases such a sum least is the greedy rule of Awerbuch et al. (1995, load balancing in
-the L_p norm). It is what parts the long from the short without a threshold: a second costs a request in proportion to
-how long it takes, so a long reasoner seeks the fastest steps that it can get, in big groups, and a short request keeps
-out of the way of long ones. The square of latency alone, the usual compromise between mean and maximum (Bansal and
-Pruhs 2003), sees nothing but the long ones: a short request's time per token may double and costs little. Latency times
-time per token, which is latency^2 / output tokens, is as much against a slow token of one as of the other. This is
-half-way between: it gives away 1 to 2 % of p99 and lets a third to a half more requests keep a tight limit on TPOT
-(tests/benchmarks/RESULTS.md).
+The cost of a replica is what the sum of  latency^2 / output^(3/4)  over all open requests grows by when the request
+goes there (output: its tokens): its own share, and for each request j that is there already, 2 x latency(j) x (what j
+is held up) / output(j)^(3/4). Taking what increases such a sum least is the greedy rule of Awerbuch et al. (1995, load
+balancing in the L_p norm). It is what parts the long from the short without a threshold: a second costs a request in
+proportion to how long it takes, so a long reasoner seeks the fastest steps that it can get, in big groups, and a short
+request keeps out of the way of long ones. The square of latency alone, the usual compromise between mean and maximum
+(Bansal and Pruhs 2003), sees nothing but the long ones: a short request's time per token may double and costs little.
+Latency times time per token, which is latency^2 / output, cares for every token alike. The exponent is in between:
+simulated, p99 is the same to 2 % from 1/2 to 4/5 and up to 5 % longer than with 0, and with 3/4 up to two fifths more
+requests keep a tight limit on TPOT than with 0 (tests/benchmarks/RESULTS.md).
 
 Latency is predicted as  wait + prompt tokens not cached x prefill time + output tokens x step time.  Step time is the
 placement's `StepPace`, synchronization included, as measured on all its replicas; output tokens are those of the
@@ -26,7 +26,7 @@ KV capacity counts twice. A replica is full where its seats are taken, or where 
 what is in use now and what was sent since the report, is over the capacity of every attention group: it takes nothing
 while another is not. Where only the *predicted* peak of KV use, with the admission's margin, would be over it, the
 request may have to wait for those that hold the KV, and that wait is part of the cost. A veto there as well was worse
-where a replica holds few long requests and nobody shows who is long: one replica stood half idle beside a crowded one.
+where a replica holds few long requests and nobody shows who is long: it stood half idle beside a crowded one.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from ridgewalk.engine.step_meter import StepMeans
 from ridgewalk.routing.decision import RoutingDecision, RoutingReason
 from ridgewalk.routing.latency_slo import LatencySlo
 from ridgewalk.routing.least_loaded import least_loaded
-from ridgewalk.routing.length_forecast import LengthForecast
+from ridgewalk.routing.length_forecast import EASE, LengthForecast
 from ridgewalk.routing.open_sequence import NewSequence, OpenSequence
 from ridgewalk.routing.prefix_index import PrefixIndex
 from ridgewalk.routing.replica_load import ReplicaLoad
@@ -67,7 +67,7 @@ class _Growth:
     count: int
     prompt_tokens: float  # of one sequence; resumed tokens are computed like a prompt
     output_tokens: float  # of one, expected
-    output_square: float
+    output_power: float  # the mean of its power of 2 - `EASE`
     slo: LatencySlo
 
     @property
@@ -94,12 +94,6 @@ class _Open:
     further_tokens: Array = field(default_factory=lambda: np.zeros(0))  # after the first, written here
     further_s: Array = field(default_factory=lambda: np.zeros(0))  # which they took
 
-    @property
-    def holding_steps(self) -> float:
-        """Steps for which a block of KV is still held, on average; 0 without sequences."""
-        held = float(self.final_tokens.sum())
-        return float(self.remaining @ self.final_tokens) / held if held else 0.0
-
     def num_late(self, step_s: float, held_up_s: float = 0.0) -> int:
         """Sequences that miss the TPOT they ask for, if steps take so long."""
         if not np.isfinite(self.tpot_limit).any():
@@ -113,16 +107,41 @@ class _Option:
     """One replica, rated."""
 
     load: ReplicaLoad
-    is_full: bool
+    lacks_seats: bool
+    lacks_kv: bool  # even if nothing grew but the request
     num_late: int  # requests that would miss, for this one, what they ask for; itself included
     cost: float
     cost_uncached: float  # if nothing of the prompt were cached
-    cost_at_once: float  # if there were room for its KV
+    at_once: tuple[int, float]  # `num_late` and `cost`, if there were KV for it
+
+    @property
+    def is_full(self) -> bool:
+        """It has no place now."""
+        return self.lacks_seats or self.lacks_kv
 
     @property
     def preference(self) -> tuple[int, float, int]:
         """The least is the best."""
         return self.num_late, self.cost, self.load.num_sequences
+
+
+@dataclass(frozen=True)
+class _Held:
+    """How long what a replica has is held. Sequences of other ingresses are taken to be like the new one."""
+
+    steps: float  # for which a sequence goes on
+    kv_steps: float  # for which a token of KV is held
+
+    @classmethod
+    def on(cls, growth: _Growth, load: ReplicaLoad, there: _Open) -> _Held:
+        """By all that run or wait there; without any, as for the request itself."""
+        unknown = max(load.num_sequences - len(there.sequences), 0)
+        sequences, tokens = unknown + len(there.sequences), unknown * growth.final_tokens + there.final_tokens.sum()
+        if not sequences:
+            return cls(growth.output_tokens, growth.output_tokens)
+        steps = unknown * growth.output_tokens + there.remaining.sum()
+        kv_steps = unknown * growth.final_tokens * growth.output_tokens + there.remaining @ there.final_tokens
+        return cls(float(steps) / sequences, float(kv_steps / tokens))
 
 
 class KvGrowth:
@@ -230,50 +249,64 @@ class KvGrowth:
             count,
             sum(new.num_known_tokens for new in request) / count,
             max(1.0, sum(each.mean for each in remaining) / count),
-            sum(each.square for each in remaining) / count,
+            sum(each.power for each in remaining) / count,
             # Who had tokens elsewhere has had its first.
             request[0].slo if request[0].num_resumed_tokens == 0 else LatencySlo(tpot_s=request[0].slo.tpot_s),
         )
 
     def _rate(self, growth: _Growth, load: ReplicaLoad, pace: StepPace, cached: int, now: float) -> _Option:
         there = self._open.get(load.replica_id, _Open())
-        pending = max(load.num_sequences - load.num_running, 0)
-        # What others sent is like what we sent, or where we sent nothing, like the request itself.
-        each = there.pending_tokens / there.num_pending if there.num_pending else growth.final_tokens
-        coming = pending * each / len(load.groups) + growth.count * growth.final_tokens
+        coming = _coming_blocks(growth, load, there)
         running, used = min(load.num_sequences, load.num_seats), load.total_blocks - load.available_blocks
         per_step = _per_step(growth, pace, running, load.block_size)
         prefill_s = pace.prefill_token_s * there.prefill_tokens  # of others, as it has been
         step_s = pace.step_s(running, used) + prefill_s + growth.count * per_step
-        wait_s = _wait_s(growth, load, coming, there.holding_steps or growth.output_tokens, step_s)
+        wait_s = _wait_s(growth, load, coming, _Held.on(growth, load, there), step_s)
         own_prefill_s, uncached_s = (
             pace.prefill_token_s * tokens for tokens in (max(growth.prompt_tokens - cached, 1.0), growth.prompt_tokens)
         )
-        costs = [
-            self._cost(growth, load, there, waiting_s, seconds, step_s, per_step, now)
-            for waiting_s, seconds in ((wait_s, own_prefill_s), (wait_s, uncached_s), (0.0, own_prefill_s))
-        ]
-        before_s = pace.prefill_token_s * there.pending_prompt_tokens  # prompts that are served first
-        first_s = wait_s + before_s + growth.count * own_prefill_s + step_s
-        is_late = first_s > growth.slo.ttft_s or step_s > growth.slo.tpot_s
+        others, others_uncached = (
+            self._delay_of_others(growth, load, there, seconds, step_s, per_step, now)
+            for seconds in (own_prefill_s, uncached_s)
+        )
         late_before = there.num_late(step_s - growth.count * per_step)
         late_after = there.num_late(step_s, growth.count * own_prefill_s)
-        num_late = growth.count * is_late + late_after - late_before
-        return _Option(load, _is_full(growth, load, coming), num_late, *costs)
+        before_s = pace.prefill_token_s * there.pending_prompt_tokens  # prompts that are served first
 
-    def _cost(
-        self, growth: _Growth, load: ReplicaLoad, there: _Open, wait_s: float, prefill_s: float, step_s: float,
-        per_step: float, now: float,
+        def num_late(waiting_s: float) -> int:
+            first_s = waiting_s + before_s + growth.count * own_prefill_s + step_s
+            # A wait is no pace; but who waits longer than it saves is not helped by fast steps.
+            token_s = step_s + waiting_s / growth.output_tokens
+            is_late = first_s > growth.slo.ttft_s or token_s > growth.slo.tpot_s
+            return growth.count * is_late + late_after - late_before
+
+        return _Option(
+            load,
+            lacks_seats=load.num_sequences + growth.count > load.num_seats,
+            lacks_kv=coming > max(group.available_blocks for group in load.groups),
+            num_late=num_late(wait_s),
+            cost=_own_delay(growth, wait_s, own_prefill_s, step_s) + others,
+            cost_uncached=_own_delay(growth, wait_s, uncached_s, step_s) + others_uncached,
+            at_once=(num_late(0.0), _own_delay(growth, 0.0, own_prefill_s, step_s) + others),
+        )
+
+    def _delay_of_others(
+        self, growth: _Growth, load: ReplicaLoad, there: _Open, prefill_s: float, step_s: float, per_step: float,
+        now: float,
     ) -> float:  # fmt: skip
-        """Seconds squared, over the root of the output tokens, for each sequence of the request."""
-        first_s, root = wait_s + growth.count * prefill_s, math.sqrt(growth.output_tokens)
-        own = first_s**2 + 2 * first_s * growth.output_tokens * step_s + growth.output_square * step_s**2
+        """What those that are there are held up, for each sequence of the request; in the units of the cost."""
         latency = now - there.sent_at + there.remaining * step_s
         held_up = prefill_s + np.minimum(there.remaining, growth.output_tokens) * per_step
-        others = 2 * float(np.sum(latency * held_up / np.sqrt(there.output_tokens)))
         unknown = max(load.num_sequences - len(there.sequences), 0)  # of other ingresses: taken to be like this one
-        others += 2 * unknown * root * step_s * (prefill_s + growth.output_tokens * per_step)
-        return own / root + others
+        eased = math.pow(growth.output_tokens, 1 - EASE)
+        alike = unknown * eased * step_s * (prefill_s + growth.output_tokens * per_step)
+        return 2 * (float(np.sum(latency * held_up / there.output_tokens**EASE)) + alike)
+
+
+def _own_delay(growth: _Growth, wait_s: float, prefill_s: float, step_s: float) -> float:
+    """Mean of latency^2 / sqrt(output tokens) of a sequence of the request."""
+    first_s, eased = wait_s + growth.count * prefill_s, math.pow(growth.output_tokens, 1 - EASE)
+    return first_s**2 * eased / growth.output_tokens + 2 * first_s * eased * step_s + growth.output_power * step_s**2
 
 
 def _per_step(growth: _Growth, pace: StepPace, running: int, block_size: int) -> float:
@@ -284,27 +317,20 @@ def _per_step(growth: _Growth, pace: StepPace, running: int, block_size: int) ->
     )
 
 
-def _is_full(growth: _Growth, load: ReplicaLoad, coming_tokens: float) -> bool:
-    """Whether seats are lacking, or what is in use and what comes are over the capacity of every group."""
-    coming = coming_tokens / load.block_size
-    room = max(group.available_blocks for group in load.groups)
-    return coming > room or load.num_sequences + growth.count > load.num_seats
+def _coming_blocks(growth: _Growth, load: ReplicaLoad, there: _Open) -> float:
+    """Blocks that the request, and what was sent since the report, will have at their end in a group of the replica."""
+    pending = max(load.num_sequences - load.num_running, 0)
+    # What others sent is like what we sent, or where we sent nothing, like the request itself.
+    each = there.pending_tokens / there.num_pending if there.num_pending else growth.final_tokens
+    own = math.ceil(growth.count / len(load.groups))  # each sequence goes to a group by itself
+    return (pending * each / len(load.groups) + own * growth.final_tokens) / load.block_size
 
 
-def _wait_s(growth: _Growth, load: ReplicaLoad, coming_tokens: float, holding_steps: float, step_s: float) -> float:
-    """Seconds until there is room: what is too much is given back as evenly as those that hold KV, or seats, end.
-
-    Args:
-        growth: of the request.
-        load: of the replica.
-        coming_tokens: of KV, that the request and those sent before it will have in the group where they are.
-        holding_steps: for which KV is held, on average.
-        step_s: of a step.
-    """
-    coming = coming_tokens / load.block_size
-    excess = min(group.peak_blocks + coming - group.total_blocks for group in load.groups) / load.total_blocks
-    seats = (load.num_sequences + growth.count - load.num_seats) / load.num_seats
-    return max(HOLDINGS * excess * holding_steps, seats * growth.output_tokens, 0.0) * step_s
+def _wait_s(growth: _Growth, load: ReplicaLoad, coming_blocks: float, held: _Held, step_s: float) -> float:
+    """Seconds until there is room: what is too much is given back as evenly as those that hold KV, or seats, end."""
+    excess = min((group.peak_blocks + coming_blocks) / group.total_blocks - 1 for group in load.groups)
+    seats = (load.num_sequences + growth.count) / load.num_seats - 1
+    return max(HOLDINGS * excess * held.kv_steps, seats * held.steps, 0.0) * step_s
 
 
 def _decide(options: Sequence[_Option]) -> RoutingDecision:
@@ -313,7 +339,8 @@ def _decide(options: Sequence[_Option]) -> RoutingDecision:
     replica_id = best.load.replica_id
     if not open_ones:
         return RoutingDecision(replica_id, RoutingReason.ALL_FULL)
-    if any((option.num_late, option.cost_at_once) < best.preference[:2] for option in options if option is not best):
+    others = [option for option in options if option is not best]
+    if any(not option.lacks_seats and option.at_once < best.preference[:2] for option in others):
         return RoutingDecision(replica_id, RoutingReason.KV_CLIFF)
     if any(option.cost < best.cost for option in open_ones):
         return RoutingDecision(replica_id, RoutingReason.LATENCY_SLO)

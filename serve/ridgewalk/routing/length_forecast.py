@@ -10,13 +10,16 @@ import numpy as np
 from ridgewalk.engine.output_lengths import Array, LengthClass, OutputLengths
 from ridgewalk.routing.open_sequence import NewSequence, OpenSequence
 
+EASE = 0.75
+"""The exponent by which a long output excuses a long latency, see `kv_growth`: 0, not at all; 1, in proportion."""
+
 
 @dataclass(frozen=True)
 class Remaining:
-    """Output tokens to come: the mean, and the mean square."""
+    """Output tokens to come: the mean, and the mean of their power of 2 - `EASE`, which weighs the long ones more."""
 
     mean: float
-    square: float
+    power: float
 
 
 class LengthForecast:
@@ -47,15 +50,15 @@ class LengthForecast:
         """Of a sequence about to be sent."""
         have, limit = float(new.num_resumed_tokens), float(new.max_tokens)
         if not new.may_stop:
-            return Remaining(limit - have, (limit - have) ** 2)
+            return Remaining(limit - have, (limit - have) ** (2 - EASE))
         edges, curve = self._lengths.edges, self._lengths.curve(new.kind)
         points = np.concatenate(([have], edges[(edges > have) & (edges < limit)], [limit]))
         alive = np.interp(points, edges, curve)
         alive /= max(alive[0], 1e-12)
-        # E[X] and E[X^2] of a positive X are the integrals of P(X > x) and of 2 x P(X > x).
-        mean = _integral(points, alive)
-        square = _integral(points, 2 * (points - have) * alive)
-        return Remaining(mean, square)
+        # E[X] and E[X^a] of a positive X are the integrals of P(X > x) and of a x^(a - 1) P(X > x).
+        return Remaining(
+            _integral(points, alive), _integral(points, (2 - EASE) * (points - have) ** (1 - EASE) * alive)
+        )
 
     def of_open(self, sequences: Sequence[OpenSequence]) -> Array:
         """Mean of each that is on its way."""

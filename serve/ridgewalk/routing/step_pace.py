@@ -21,6 +21,10 @@ RIDGE = 1e-3
 """Of the weight of each term but the base. What never varied is taken for base: a replica that was never busy is
 thought to bear more without getting slower, until it has shown that it does not."""
 
+BEND_RIDGE = 2e-4
+"""Of all steps: as if so many had been twice as busy as a bend and no slower for it. A step or two just beyond a bend
+say nothing of the slope there, however slow they were."""
+
 MIN_STEPS = 8
 """Fewer say nothing yet."""
 
@@ -84,7 +88,11 @@ class PaceEstimate:
         """The terms; None before `MIN_STEPS` steps."""
         if self._num_steps < MIN_STEPS:
             return None
-        scale = np.sqrt(np.maximum(np.diag(self._products), 1e-300))
-        products = self._products / np.outer(scale, scale) + RIDGE * np.diag([1e-3] + [1.0] * (_NUM_TERMS - 1))
-        base, sequence, block, prefill, *bends = non_negative_solution(products, self._targets / scale) / scale
-        return StepPace(float(base), float(sequence), float(block), float(prefill), tuple(map(float, bends)))
+        products = self._products.copy()
+        bends = range(_NUM_TERMS - len(BENDS), _NUM_TERMS)
+        products[bends, bends] += BEND_RIDGE * products[0, 0] * np.square(BENDS)
+        scale = np.sqrt(np.maximum(np.diag(products), 1e-300))
+        products /= np.outer(scale, scale)
+        products[range(_NUM_TERMS), range(_NUM_TERMS)] += RIDGE * np.array([1e-3, 1.0, 1.0, 1.0] + [0.0] * len(BENDS))
+        base, sequence, block, prefill, *slopes = non_negative_solution(products, self._targets / scale) / scale
+        return StepPace(float(base), float(sequence), float(block), float(prefill), tuple(map(float, slopes)))
