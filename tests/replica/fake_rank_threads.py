@@ -68,7 +68,7 @@ class FakeRank(threading.Thread):
             self._send(socket, Ready(self.launch.rank))
         elif message.step.step_id == self.fail_at:
             self._send(socket, Failed(self.launch.rank, f"rank {self.launch.rank} fell over", ""))
-        else:
+        elif self.fail_at is None or message.step.step_id < self.fail_at:  # one that failed computes no more
             self._compute(message.step)
 
     def _compute(self, step: StepInput) -> None:
