@@ -8,8 +8,8 @@ proportion to how long it takes, so a long reasoner seeks the fastest steps that
 request keeps out of the way of long ones. The square of latency alone, the usual compromise between mean and maximum
 (Bansal and Pruhs 2003), sees nothing but the long ones: a short request's time per token may double and costs little.
 Latency times time per token, which is latency^2 / output, cares for every token alike. The exponent is in between:
-simulated, p99 is the same to 2 % from 1/2 to 4/5 and up to 5 % longer than with 0, and with 3/4 up to two fifths more
-requests keep a tight limit on TPOT than with 0 (tests/benchmarks/RESULTS.md).
+simulated on 8 x H200, p99 with 3/4 is within 2 % of that with 0, and 5 to 14 % more requests keep a tight limit on
+TPOT. On a small machine that has more to do than it can 0 is better (tests/benchmarks/RESULTS.md).
 
 Latency is predicted as  wait + prompt tokens not cached x prefill time + output tokens x step time.  Step time is the
 placement's `StepPace`, synchronization included, as measured on all its replicas; output tokens are those of the
