@@ -97,8 +97,8 @@ def test_means_of_steps_are_as_good_as_each_by_itself() -> None:
     first, second = single.pace(), averaged.pace()
     assert first is not None
     assert second is not None
-    assert first.step_s(20, 200) == pytest.approx(0.012, rel=3e-3)
-    assert second.step_s(20, 200) == pytest.approx(0.012, rel=3e-3)
+    assert first.step_s(20, 200) == pytest.approx(0.012, rel=1e-3)
+    assert second.step_s(20, 200) == pytest.approx(0.012, rel=1e-3)
 
 
 def test_what_never_varied_is_taken_for_the_base() -> None:

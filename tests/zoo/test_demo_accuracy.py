@@ -32,9 +32,8 @@ def test_it_answers_fresh_problems(name: str, judged_on_one_rank: Judge) -> None
 def test_ranks_that_share_it_answer_as_one_does(
     name: str, mesh: Mesh, judged_on_one_rank: Judge, fresh_problems: list[Problem]
 ) -> None:
-    some = slice(60)
-    shared = judge(zoo_path(name), fresh_problems[some], mesh=mesh)
-    assert abs(accuracy(judged_on_one_rank(name)[some]) - accuracy(shared)) <= 0.02  # one of them
+    shared = judge(zoo_path(name), fresh_problems, mesh=mesh)
+    assert abs(accuracy(judged_on_one_rank(name)) - accuracy(shared)) <= 0.01
 
 
 def test_all_experts_are_at_work(judged_on_one_rank: Judge) -> None:

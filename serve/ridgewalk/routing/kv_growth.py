@@ -17,10 +17,10 @@ request's class (`OutputLengths`, learned from what ended here). One more sequen
 terms of the pace, and for as many steps as both are there.
 
 A request may ask for a pace (`LatencySlo`). Of the replicas with room those come first where the fewest requests are
-expected to miss theirs for it: the request itself, by the predicted time to its first token and step time, and those
-that would then miss, and would not have without it, the mean time per token that they ask for, tokens that they have
-included. Cost decides between equals, so that among requests which ask for nothing nothing changes. An ingress knows
-what its own requests ask for, and not those of other ingresses.
+expected to miss theirs for it: the request itself, by the predicted time to its first token and step time (a wait for
+KV spread over its output), and those that would then miss, and would not have without it, the mean time per token that
+they ask for, tokens that they have included. Cost decides between equals, so that among requests which ask for nothing
+nothing changes. An ingress knows what its own requests ask for, and not those of other ingresses.
 
 KV capacity counts twice. A replica is full where its seats are taken, or where the request at its expected end, beside
 what is in use now and what was sent since the report, is over the capacity of every attention group: it takes nothing
@@ -304,7 +304,7 @@ class KvGrowth:
 
 
 def _own_delay(growth: _Growth, wait_s: float, prefill_s: float, step_s: float) -> float:
-    """Mean of latency^2 / sqrt(output tokens) of a sequence of the request."""
+    """Mean of latency^2 / output^`EASE` of a sequence of the request."""
     first_s, eased = wait_s + growth.count * prefill_s, math.pow(growth.output_tokens, 1 - EASE)
     return first_s**2 * eased / growth.output_tokens + 2 * first_s * eased * step_s + growth.output_power * step_s**2
 
@@ -339,8 +339,7 @@ def _decide(options: Sequence[_Option]) -> RoutingDecision:
     replica_id = best.load.replica_id
     if not open_ones:
         return RoutingDecision(replica_id, RoutingReason.ALL_FULL)
-    others = [option for option in options if option is not best]
-    if any(not option.lacks_seats and option.at_once < best.preference[:2] for option in others):
+    if any(not each.lacks_seats and each.at_once < best.preference[:2] for each in options if each is not best):
         return RoutingDecision(replica_id, RoutingReason.KV_CLIFF)
     if any(option.cost < best.cost for option in open_ones):
         return RoutingDecision(replica_id, RoutingReason.LATENCY_SLO)

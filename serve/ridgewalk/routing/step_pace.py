@@ -17,7 +17,7 @@ from ridgewalk.least_squares import non_negative_solution
 HALF_LIFE = 8000
 """Steps after which one counts half: contexts grow, and neighbours on the machine come and go."""
 
-RIDGE = 1e-3
+RIDGE = 2e-4
 """Of the weight of each term but the base. What never varied is taken for base: a replica that was never busy is
 thought to bear more without getting slower, until it has shown that it does not."""
 
