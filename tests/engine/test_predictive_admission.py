@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ridgewalk.engine.core import EngineCore
-from ridgewalk.engine.output_lengths import MAX_CLASSES, MEMORY, OutputLengths, length_class, length_grid
+from ridgewalk.engine.output_lengths import MAX_CLASSES, MEMORY, OutputLengths, length_grid
 from ridgewalk.engine.predictive_admission import REFRESH_EVERY, PredictiveAdmission
 from ridgewalk.engine.request import FinishReason, Request
 from ridgewalk.engine.sampling import ReasoningBudget, SamplingParams
@@ -89,9 +89,9 @@ def test_a_class_that_has_seen_little_leans_on_the_wider_one() -> None:
 
 
 def test_a_thinking_budget_is_part_of_the_class() -> None:
-    plain = length_class(request(0))
+    plain = request(0).length_class
     small, large = (
-        length_class(request(0, SamplingParams(max_tokens=4096, reasoning=ReasoningBudget(limit, 2, 3))))
+        request(0, SamplingParams(max_tokens=4096, reasoning=ReasoningBudget(limit, 2, 3))).length_class
         for limit in (100, 3000)
     )
     assert len({plain, small, large}) == 3

@@ -11,15 +11,14 @@ Where a class has seen little, its hazard leans on that of the wider class, and 
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
+from ridgewalk.engine.length_class import LengthClass
 from ridgewalk.engine.request import FinishReason, Request
-from ridgewalk.engine.sampling import SamplingParams
 
 Array = npt.NDArray[np.float64]
 
@@ -69,36 +68,6 @@ class LengthModel(Protocol):
         ...
 
 
-class LengthClass(NamedTuple):
-    """What can be seen of a request. Lengths are exponents: of 2, of the prompt of 4."""
-
-    max_tokens: int
-    max_reasoning_tokens: int
-    effort: str
-    prompt_tokens: int
-
-    @property
-    def lineage(self) -> tuple[tuple[object, ...], ...]:
-        """Keys of the classes that hold it, widest first, itself last."""
-        return (), self[:1], self[:3], self[:]
-
-
-def length_class(request: Request) -> LengthClass:
-    """The class of a request."""
-    return class_of(request.sampling, request.num_prompt_tokens)
-
-
-def class_of(sampling: SamplingParams, num_prompt_tokens: int) -> LengthClass:
-    """The class of what is asked with a prompt so long."""
-    reasoning = sampling.reasoning.max_tokens if sampling.reasoning is not None else 0
-    return LengthClass(
-        (sampling.max_tokens - 1).bit_length(),
-        reasoning.bit_length(),
-        sampling.reasoning_effort,
-        (num_prompt_tokens.bit_length() + 1) // 2,
-    )
-
-
 class OutputLengths:
     """Learns online. Memory is bounded: `MAX_CLASSES` times three numbers a bucket."""
 
@@ -117,7 +86,7 @@ class OutputLengths:
     def observe(self, request: Request) -> None:
         """Count a request that ended."""
         stopped = request.finish_reason is FinishReason.STOP
-        self.observe_length(length_class(request), request.num_resumed_tokens, request.num_output_tokens, stopped)
+        self.observe_length(request.length_class, request.num_resumed_tokens, request.num_output_tokens, stopped)
 
     def observe_length(self, kind: LengthClass, first: int, last: int, stopped: bool) -> None:
         """Count an output that was followed from ``first`` tokens on to ``last``; not ``stopped``: it was cut there."""
@@ -138,20 +107,23 @@ class OutputLengths:
 
     def refresh(self, running: Sequence[Request]) -> None:
         """Estimate anew, with what runs now as censored."""
-        self.refresh_with((length_class(each), each.num_resumed_tokens, each.num_output_tokens) for each in running)
+        self.refresh_with((each.length_class, each.num_resumed_tokens, each.num_output_tokens) for each in running)
 
     def refresh_with(self, running: Iterable[tuple[LengthClass, int, int]]) -> None:
         """As `refresh`: class, tokens that it came with, and tokens so far, of each output."""
-        opened = Counter((kind, self._bucket(first), self._bucket(last)) for kind, first, last in running)
+        opened: dict[LengthClass, list[tuple[int, int]]] = {}
+        for kind, first, last in running:
+            opened.setdefault(kind, []).append((first, last))
         self._seen = dict(self._counts)
         added: set[tuple[object, ...]] = set()
-        for (kind, first, last), count in opened.items():
+        for kind, lengths in opened.items():
+            entered, censored = self._count(np.array(lengths))
             for key in kind.lineage:
                 if key not in added:
                     added.add(key)
                     self._seen[key] = self._counts[key].copy() if key in self._counts else self._no_counts()
-                self._seen[key][_ENTERED, first] += count
-                self._seen[key][_CENSORED, last] += count
+                self._seen[key][_ENTERED] += entered
+                self._seen[key][_CENSORED] += censored
         self._curves = {}
 
     def survival(self, requests: Sequence[Request], times: npt.NDArray[np.int64]) -> Array:
@@ -160,7 +132,7 @@ class OutputLengths:
         by_class: dict[LengthClass, list[int]] = {}
         for index, request in enumerate(requests):
             if request.sampling.stop_token_ids:
-                by_class.setdefault(length_class(request), []).append(index)
+                by_class.setdefault(request.length_class, []).append(index)
         for kind, rows in by_class.items():
             curve = self.curve(kind)
             have = np.array([requests[row].num_output_tokens for row in rows])
@@ -192,6 +164,12 @@ class OutputLengths:
             hazard = (own[_STOPPED] + weight * hazard) / (at_risk + weight)
             weight = np.minimum(weight + at_risk, BACKOFF_WEIGHT)
         return hazard
+
+    def _count(self, lengths: npt.NDArray[np.int64]) -> list[npt.NDArray[np.int64]]:
+        """How many of each column of ``lengths`` are in each bucket."""
+        num_buckets = len(self._grid) - 1
+        buckets = np.minimum(np.searchsorted(self._grid, lengths, side="right"), num_buckets) - 1
+        return [np.bincount(column, minlength=num_buckets) for column in buckets.T]
 
     def _bucket(self, num_tokens: int) -> int:
         return min(int(np.searchsorted(self._grid, num_tokens, side="right")), len(self._grid) - 1) - 1

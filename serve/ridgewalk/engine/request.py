@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import Enum
 
+from ridgewalk.engine.length_class import LengthClass
 from ridgewalk.engine.sampling import SamplingParams
 
 
@@ -61,9 +62,11 @@ class Request:
     num_blocks_sent: int = 0  # of `block_ids`, those the ranks know
     num_tokens_sent: int = 0  # of `token_ids`, those the ranks know (or fill in themselves)
     num_resumed_tokens: int = field(init=False)  # output tokens that it came with
+    length_class: LengthClass = field(init=False)
 
     def __post_init__(self) -> None:
         self.num_resumed_tokens = self.num_output_tokens
+        self.length_class = LengthClass.of(self.sampling, self.num_prompt_tokens)
 
     @property
     def num_tokens(self) -> int:

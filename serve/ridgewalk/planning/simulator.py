@@ -163,8 +163,9 @@ def outcome_at_best(scene: Scene, placement: Placement) -> Outcome:
 
     A request gets its next token when the step of the last has crossed host and stages, and no such step is shorter
     than that of the request alone: no term of a step's time falls when its load grows. So each takes at least as long
-    as this, and the makespan is at least the time of the longest, and that of all of them over the seats
-    (``max_num_seqs`` of each attention group).
+    as this, and the makespan is at least the time of the longest, that of all of them over the seats (``max_num_seqs``
+    of each attention group), and what they hold of KV, on average half of their output, times that time over the
+    capacity for it.
 
     Raises:
         MemoryPlanError: a shape does not fit.
@@ -188,8 +189,11 @@ def outcome_at_best(scene: Scene, placement: Placement) -> Outcome:
         log.first_token_s = log.arrival_s + token_s
         log.end_s = log.arrival_s + log.output_length * token_s
     longest = max(log.end_s for log in logs) - scene.arrivals[0].time_s
+    times_s = [log.end_s - log.arrival_s for log in logs]
+    held = [arrival.prompt_length + (arrival.output_length - 1) / 2 for arrival in scene.arrivals]
+    kv_time = sum(tokens * time_s for tokens, time_s in zip(held, times_s, strict=True))
     return Outcome(
-        makespan_s=max(longest, sum(log.end_s - log.arrival_s for log in logs) / seats),
+        makespan_s=max(longest, sum(times_s) / seats, kv_time / capacity),
         output_tokens=sum(log.output_length for log in logs),
         logs=tuple(logs),
         kv_capacity_tokens=capacity,

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ridgewalk.engine.output_lengths import Array, LengthClass, OutputLengths
+from ridgewalk.engine.length_class import LengthClass
+from ridgewalk.engine.output_lengths import Array, OutputLengths
 from ridgewalk.routing.open_sequence import NewSequence, OpenSequence
 
 EASE = 0.75

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ridgewalk.engine.output_lengths import LengthClass, class_of
+from ridgewalk.engine.length_class import LengthClass
 from ridgewalk.engine.sampling import SamplingParams
 from ridgewalk.routing.latency_slo import NO_SLO, LatencySlo
 
@@ -36,7 +36,7 @@ class NewSequence:
         slo: LatencySlo = NO_SLO,
     ) -> NewSequence:
         """What ``sampling`` asks with a prompt so long."""
-        kind = class_of(sampling, num_prompt_tokens)
+        kind = LengthClass.of(sampling, num_prompt_tokens)
         may_stop = bool(sampling.stop_token_ids)
         return cls(kind, num_prompt_tokens, sampling.max_tokens, may_stop, num_resumed_tokens, prefix, slo)
 
