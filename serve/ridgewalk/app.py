@@ -293,7 +293,7 @@ def _resolve_placement(
         max_waiting=max(1, model.max_waiting // num_replicas),
         memory=placement.memory,
         num_blocks=placement.num_blocks,
-        swap_space=model.swap_space or 0,
+        swap_space=model.swap_space,
         device=device,
         cpus_per_rank=placement.cpus_per_rank,
         gpus_per_rank=placement.gpus_per_rank,

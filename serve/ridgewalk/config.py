@@ -71,6 +71,7 @@ Cpus = Annotated[
     AfterValidator(lambda numbers: tuple(sorted(set(numbers)))),
 ]
 Size = Annotated[int, BeforeValidator(parse_size), Field(gt=0)]
+SizeOrNothing = Annotated[int, BeforeValidator(parse_size), Field(ge=0)]
 
 
 def _api_key(key: str) -> str:
@@ -164,7 +165,8 @@ class ModelConfig(_Strict):
     enable_prefix_caching: bool = True
     admission: AdmissionName = "predictive"  # by the predicted peak of KV use, or by the prompt alone (prompt_only)
     routing: RoutingName = "kv_growth"  # which replica takes a request: see `ridgewalk.routing`
-    swap_space: Size | None = None  # host memory per rank: preempted requests' blocks are copied there if evicted
+    # Host memory per rank, to which blocks of preempted requests are copied if evicted; None: see `replica.sizing`.
+    swap_space: SizeOrNothing | None = None
     slo_ttft_ms: float | None = Field(None, gt=0, allow_inf_nan=False)  # of requests without x-llm-d-slo-ttft-ms
     slo_tpot_ms: float | None = Field(None, gt=0, allow_inf_nan=False)  # of requests without x-llm-d-slo-tpot-ms
     max_waiting: int = Field(2048, ge=1)  # waiting sequences per model; beyond it requests get 429
@@ -173,7 +175,7 @@ class ModelConfig(_Strict):
 
     @model_validator(mode="after")
     def _refuse_what_nothing_reads(self) -> ModelConfig:
-        if self.swap_space is not None and not self.enable_prefix_caching:
+        if self.swap_space and not self.enable_prefix_caching:
             raise ValueError("swap_space needs enable_prefix_caching: blocks on the host are found by their content")
         if self.slo != NO_SLO and self.routing != "kv_growth":
             raise ValueError(f"slo_ttft_ms and slo_tpot_ms need routing kv_growth; {self.routing} heeds neither")

@@ -60,8 +60,12 @@ class MemoryPlan:
 
     def with_swap_space(self, num_bytes: int) -> MemoryPlan:
         """With the blocks that ``num_bytes`` of the host's memory hold for each rank."""
-        largest = max(stage.kv_bytes_per_block for stage in self.stages)
-        return replace(self, num_swap_blocks=num_bytes // largest)
+        return replace(self, num_swap_blocks=num_bytes // self.largest_kv_bytes_per_block)
+
+    @property
+    def largest_kv_bytes_per_block(self) -> int:
+        """A KV block on the stage where it takes most."""
+        return max(stage.kv_bytes_per_block for stage in self.stages)
 
     @property
     def tightest(self) -> StageMemory:

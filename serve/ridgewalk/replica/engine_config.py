@@ -34,7 +34,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     max_waiting: int  # waiting sequences of this replica; beyond it a call is answered OVERLOADED
     memory: int | None = None  # per rank
     num_blocks: int | None = None  # per attention group
-    swap_space: int = 0  # bytes of host memory per rank, beside `memory`
+    swap_space: int | None = None  # bytes of host memory per rank, beside `memory`; None: `size_cache` decides
     device: str = "cpu"  # cpu | cuda
     cpus_per_rank: float = 1.0
     gpus_per_rank: float = 0.0

@@ -1,9 +1,17 @@
-"""How much memory and how many threads a rank gets when nobody says."""
+"""How much memory and how many threads a rank gets when nobody says.
+
+Swap space, when nobody says, is a quarter of the KV cache on CPU ranks under predictive admission, which then lets more
+requests begin and computes next to nothing twice (tests/benchmarks/RESULTS.md). It is memory beside `memory`, touched
+only as requests are preempted. `prompt_only` preempts more than such a space could hold. On CUDA it must be stated:
+steps wait for its copies, and how long has not been measured there.
+"""
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
+from ridgewalk.engine.predictive_admission import SWAP_SHARE
 from ridgewalk.machine import num_cores
 from ridgewalk.placement.memory import GIB, STATED, BudgetSource, MemoryPlan, MemoryPlanError, plan_memory
 from ridgewalk.placement.model_spec import ModelSpec
@@ -63,19 +71,14 @@ def size_cache(
     )
     if config.num_blocks is not None:
         plan = replace(plan, num_blocks=config.num_blocks)
-    plan = plan.with_swap_space(config.swap_space)
-    if config.swap_space and not plan.num_swap_blocks:
-        raise MemoryPlanError(
-            f"swap_space of {config.swap_space:,} bytes does not hold one KV block; raise --swap-space, "
-            "which takes units, as 4GiB"
-        )
+    left: float = math.inf  # of the host's memory; that of CUDA ranks is looked at by `check_host_memory`
     if available_bytes is not None:
         limit = _rank_share(config, available_bytes, STATED_SHARE, ranks_sharing)
         _check_stated(config, plan, limit)
         if config.device == "cpu":
-            beside = plan.weight_bytes + plan.activation_bytes + plan.kv_bytes
-            _check_swap_space(config, limit - beside, "weights, activations and KV cache leave of this host's memory")
-    return plan
+            left = limit - plan.weight_bytes - plan.activation_bytes - plan.kv_bytes
+            _check_swap_space(config, left, "weights, activations and KV cache leave of this host's memory")
+    return _with_swap_space(config, plan, left)
 
 
 def check_host_memory(config: EngineConfig, host_bytes: int, own_ranks: int) -> None:
@@ -97,6 +100,22 @@ def num_threads(config: EngineConfig, ranks_on_host: int) -> int:
     if config.cpus is not None:
         return max(1, len(config.cpus) // max(config.ranks_on_cpus, ranks_on_host))
     return max(1, num_cores() // max(config.ranks_per_host, ranks_on_host))
+
+
+def _with_swap_space(config: EngineConfig, plan: MemoryPlan, left: float) -> MemoryPlan:
+    """What is stated, or what suits admission by default, as far as there is memory."""
+    if config.swap_space is None:
+        if config.device == "cuda" or config.admission != "predictive" or not config.enable_prefix_caching:
+            return plan
+        wanted = math.ceil(SWAP_SHARE * plan.num_blocks)
+        return plan.with_swap_space(int(min(wanted * plan.largest_kv_bytes_per_block, max(left, 0))))
+    plan = plan.with_swap_space(config.swap_space)
+    if config.swap_space and not plan.num_swap_blocks:
+        raise MemoryPlanError(
+            f"swap_space of {config.swap_space:,} bytes does not hold one KV block; raise --swap-space, "
+            "which takes units, as 4GiB"
+        )
+    return plan
 
 
 def _rank_share(config: EngineConfig, available_bytes: int, share: float, ranks_sharing: int) -> int:
@@ -135,7 +154,7 @@ def _check_stated(config: EngineConfig, plan: MemoryPlan, limit: int) -> None:
 
 
 def _check_swap_space(config: EngineConfig, left: int, whence: str) -> None:
-    if config.swap_space > left:
+    if config.swap_space is not None and config.swap_space > left:
         raise MemoryPlanError(
             f"swap_space {_gib(config.swap_space)} per rank is more than the {_gib(left)} that {whence}; "
             "lower --swap-space or leave it out"
