@@ -7,8 +7,9 @@ two replicas of TP1, which then slow each other down.
 
 All send the same ``max_tokens``: a request ends where ``min_tokens`` stops forbidding an end that ``logit_bias`` wants,
 and neither router nor scheduler reads those. *Shown*: the long send ``reasoning_effort`` high, the others low.
-*Hidden*: all send the same. With ``--ask-ms`` `kv_growth` is also run with every request asking for first tokens within
-2 s and that TPOT, by headers. The first `WARM_UP` requests count nowhere: what a policy learns, it learns from them.
+*Hidden*: all send the same. Every policy gets both loads, for admission sees the class too. With ``--ask-ms``
+`kv_growth` is also run with every request asking for first tokens within 2 s and that TPOT, by headers. The first
+`WARM_UP` requests count nowhere: what a policy learns, it learns from them.
 """
 
 from __future__ import annotations
@@ -48,16 +49,14 @@ class Mode:
     """What differs between two runs of one load."""
 
     routing: RoutingName
-    shown: bool = False
+    shown: bool
     ask_ms: float | None = None  # the TPOT that requests ask for
 
     @property
     def name(self) -> str:
         """For the table."""
-        words = [f"`{self.routing}`"]
-        if self.routing == "kv_growth":
-            words += ["shown" if self.shown else "hidden", *([f"{self.ask_ms:g} ms asked for"] if self.ask_ms else [])]
-        return ", ".join(words)
+        asked = [f"{self.ask_ms:g} ms asked for"] if self.ask_ms else []
+        return ", ".join([f"`{self.routing}`", "shown" if self.shown else "hidden", *asked])
 
 
 @dataclass(frozen=True)
@@ -127,8 +126,12 @@ def row(name: str, done: Sequence[Done], tpots_s: Sequence[float], service: Live
 
 def modes(routings: Sequence[RoutingName], ask_ms: Sequence[float]) -> list[Mode]:
     """All that is run for each load."""
-    growth = [Mode("kv_growth", shown, ask) for shown in (True, False) for ask in (None, *ask_ms)]
-    return [mode for routing in routings for mode in (growth if routing == "kv_growth" else [Mode(routing)])]
+    return [
+        Mode(routing, shown, ask)
+        for routing in routings
+        for shown in (True, False)
+        for ask in (None, *(ask_ms if routing == "kv_growth" else []))
+    ]
 
 
 def main() -> None:
