@@ -1,6 +1,6 @@
 """Admission without a crystal ball: 64 requests that all send the same ``max_tokens``, in KV for 8,192 tokens.
 
-``python -m tests.benchmarks.bench_admission DIR --policy prompt_only|predictive|oracle --rounds 2 --swap-tokens 4096``
+``python -m tests.benchmarks.bench_admission DIR --policy prompt_only|predictive|oracle --rounds 2 [--swap-tokens 0]``
 
 How long each request writes is known to its rank alone: the executor here turns the token at that length into the stop
 token. The first round is cold: `predictive` has seen nothing. The second goes on with what it learned.
@@ -118,7 +118,7 @@ def main() -> None:
     parser.add_argument("--policy", choices=["prompt_only", "predictive", "oracle"], required=True)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--swap-tokens", type=int, default=0, help="of swap space, on the host")
+    parser.add_argument("--swap-tokens", type=int, help="of swap space, on the host; default: as shipped")
     parser.add_argument("--requests", type=int, default=admission_load.NUM_REQUESTS, help="of a round")
     arguments = parser.parse_args()
     limits = admission_load.scheduler_config()
@@ -127,7 +127,8 @@ def main() -> None:
         model_name=arguments.model.name, placement="TP1", model_path=str(arguments.model), dtype=spec.dtype,
         max_model_len=limits.max_model_len, max_num_seqs=limits.max_num_seqs, block_size=limits.block_size,
         max_num_batched_tokens=limits.max_num_batched_tokens, num_blocks=limits.num_blocks, max_waiting=10_000,
-        swap_space=arguments.swap_tokens * sum(spec.kv_bytes_per_token_per_stage(Mesh(), spec.dtype)),
+        admission="prompt_only" if arguments.policy == "prompt_only" else "predictive",
+        swap_space=_swap_space(arguments.policy, arguments.swap_tokens, spec),
     )  # fmt: skip
     loads = [
         admission_load.make_load(arguments.seed + number, count=arguments.requests)
@@ -146,8 +147,15 @@ def main() -> None:
         print("| policy | tokens/s | preemptions | recomputed | steps | seconds | processor s | admission, a step |")
         print("|---|---|---|---|---|---|---|---|")
         for number, load in enumerate(loads):
-            swapped = f", {arguments.swap_tokens:,} tokens of swap space" if arguments.swap_tokens else ""
+            tokens = scheduler.config.num_swap_blocks * scheduler.config.block_size
+            swapped = f", {tokens:,} tokens of swap space" if tokens else ""
             print(_run(engine, load).row(f"{arguments.policy}, round {number + 1}{swapped}"), flush=True)
+
+
+def _swap_space(policy: str, tokens: int | None, spec: ModelSpec) -> int | None:
+    if policy == "oracle":  # it preempts nobody
+        return 0
+    return None if tokens is None else tokens * sum(spec.kv_bytes_per_token_per_stage(Mesh(), spec.dtype))
 
 
 def _run(engine: OfflineEngine, load: list[admission_load.HiddenLength]) -> Round:
