@@ -30,8 +30,8 @@ RANK_PROCESS_BYTES = GIB // 4
 thread pools, the transports). On CUDA the device's share is the budget, and the host's counts for swap space alone."""
 
 SWAP_SHARE = 0.5
-"""Of the KV cache: swap space of CPU ranks, beside `memory`, under predictive admission. On a real rank nine preemptions
-had 3 % of the tokens computed twice with a quarter, and 0.2 % with a half."""
+"""Of the KV cache: swap space of CPU ranks, beside `memory`, under predictive admission. On a real rank, with nine
+preemptions, a quarter had 3 % of the tokens computed twice, and a half 0.2 %."""
 
 _UNBOUNDED = 2**63
 
