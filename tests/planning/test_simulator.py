@@ -14,7 +14,7 @@ from ridgewalk.placement.mesh import Mesh, placement_name
 from ridgewalk.placement.model_spec import ModelSpec
 from ridgewalk.planning import planner
 from ridgewalk.planning.load import make_load
-from ridgewalk.planning.planner import evaluate, rank
+from ridgewalk.planning.planner import Candidate, evaluate, rank
 from ridgewalk.planning.policy import POLICIES
 from ridgewalk.planning.replica_simulation import ReplicaSimulation
 from ridgewalk.planning.shape import ShapeError, enumerate_placements, parse_placement
@@ -93,6 +93,34 @@ def test_no_simulation_exceeds_the_outcome_at_best(placement: str, policy: str) 
     assert best.makespan_s < found.makespan_s
     assert best.kv_capacity_tokens == found.kv_capacity_tokens
     assert best.output_tokens == found.output_tokens
+
+
+@pytest.mark.parametrize("policy", ["vllm", "ridgewalk"])
+def test_kv_bounds_what_is_possible_at_best(policy: str) -> None:
+    scarce = replace(POLICIES[policy], memory_share=0.06)
+    situation = replace(scene([Arrival(0.0, 500, 1500) for _ in range(300)]), policy=scarce)
+    for name in ("TP8", "PP2xTP4"):
+        best, found = (each(situation, parse_placement(name)) for each in (outcome_at_best, simulate))
+        assert best.at_best == "kv"
+        one_s = best.logs[0].end_s
+        assert best.makespan_s == pytest.approx(300 * (500 + 1499 / 2) * one_s / best.kv_capacity_tokens)
+        assert one_s < best.makespan_s < found.makespan_s
+
+
+def test_the_verdict_on_a_bound_names_what_it_is_made_of() -> None:
+    group, pipeline = (parse_placement(name) for name in ("TP8", "PP2xTP4"))
+    scarce = replace(POLICIES["vllm"], memory_share=0.06)
+    situation = replace(scene([Arrival(0.0, 500, 1500) for _ in range(300)]), policy=scarce)
+    best = Candidate(group, simulate(situation, group))
+    for limits, words in (
+        ({}, "capacity cliff, room for "),
+        ({"memory_share": 0.9}, "synchronization cliff, a token takes "),
+        ({"memory_share": 0.9, "max_num_seqs": 2}, "too few seats"),
+    ):
+        bounded = replace(situation, policy=replace(scarce, **limits))
+        bound = Candidate(pipeline, outcome_at_best(bounded, pipeline))
+        assert not bound.simulated
+        assert words in reason(bound, best)
 
 
 def test_a_request_alone_takes_what_it_takes_at_best() -> None:

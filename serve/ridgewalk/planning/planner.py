@@ -32,7 +32,11 @@ class Candidate:
     placement: Placement
     outcome: Outcome | None
     problem: str = ""
-    simulated: bool = True  # False: `outcome` is one that it cannot exceed
+
+    @property
+    def simulated(self) -> bool:
+        """False: `outcome` is one that it cannot exceed."""
+        return self.outcome is None or self.outcome.at_best is None
 
 
 def all_placements(hardware: HardwareSpec, num_devices: int, spec: ModelSpec) -> list[Placement]:
@@ -93,7 +97,7 @@ def _simulate_in(
     shortest = min((each.outcome.makespan_s for each in found.values() if each.outcome is not None), default=math.inf)
     at_best = {placement: outcome_at_best(scene, placement) for placement in late}
     found.update(
-        (placement, Candidate(placement, outcome, simulated=False))
+        (placement, Candidate(placement, outcome))
         for placement, outcome in at_best.items()
         if outcome.makespan_s >= shortest
     )

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from statistics import median
+from typing import Literal
 
 from ridgewalk.engine.scheduler_config import SchedulerConfig
 from ridgewalk.placement.cost_model import CostModel, GroupLoad
@@ -20,6 +21,9 @@ from ridgewalk.routing.latency_slo import NO_SLO, LatencySlo
 from ridgewalk.routing.policy import make_policy
 
 BLOCK_SIZE = 16
+
+AtBest = Literal["stages", "seats", "kv"]
+"""What an outcome at best is made of: the longest request's way through the stages, or what all of them need."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,7 @@ class Outcome:
     preemptions: int
     recomputed_tokens: int
     spent_s: dict[str, float]  # by term, mean of the replicas
+    at_best: AtBest | None = None  # None: simulated
 
     @property
     def throughput_tokens_per_s(self) -> float:
@@ -159,13 +164,14 @@ def _router(scene: Scene, replicas: Sequence[ReplicaSimulation]) -> SimulatedRou
 
 
 def outcome_at_best(scene: Scene, placement: Placement) -> Outcome:
-    """What no simulation of the placement can exceed: as if every request ran alone, all of them at once.
+    """What no simulation of the placement can exceed.
 
     A request gets its next token when the step of the last has crossed host and stages, and no such step is shorter
     than that of the request alone: no term of a step's time falls when its load grows. So each takes at least as long
     as this, and the makespan is at least the time of the longest, that of all of them over the seats (``max_num_seqs``
-    of each attention group), and what they hold of KV, on average half of their output, times that time over the
-    capacity for it.
+    of each attention group), and the KV that they hold times the time for which they do over the capacity for it.
+    What a request holds and how long a step of it takes grow together, so the product of their means, the prompt with
+    half of the output and the mean step, is no more than what it takes.
 
     Raises:
         MemoryPlanError: a shape does not fit.
@@ -188,18 +194,24 @@ def outcome_at_best(scene: Scene, placement: Placement) -> Outcome:
     for log, token_s in zip(logs, fastest, strict=True):
         log.first_token_s = log.arrival_s + token_s
         log.end_s = log.arrival_s + log.output_length * token_s
-    longest = max(log.end_s for log in logs) - scene.arrivals[0].time_s
     times_s = [log.end_s - log.arrival_s for log in logs]
     held = [arrival.prompt_length + (arrival.output_length - 1) / 2 for arrival in scene.arrivals]
     kv_time = sum(tokens * time_s for tokens, time_s in zip(held, times_s, strict=True))
+    bounds: dict[AtBest, float] = {
+        "stages": max(log.end_s for log in logs) - scene.arrivals[0].time_s,
+        "seats": sum(times_s) / seats,
+        "kv": kv_time / capacity,
+    }
+    decisive = max(bounds, key=lambda name: bounds[name])
     return Outcome(
-        makespan_s=max(longest, sum(times_s) / seats, kv_time / capacity),
+        makespan_s=bounds[decisive],
         output_tokens=sum(log.output_length for log in logs),
         logs=tuple(logs),
         kv_capacity_tokens=capacity,
         preemptions=0,
         recomputed_tokens=0,
         spent_s={},
+        at_best=decisive,
     )
 
 

@@ -44,9 +44,21 @@ def reason(candidate: Candidate, best: Candidate, slo: LatencySlo = NO_SLO) -> s
     if not candidate.simulated:
         return (
             f"at most {share:.0%} of the best's throughput, so it was not simulated (its figures are bounds): "
-            f"synchronization cliff, a token takes {outcome.tpot_p50_s * 1e3:.1f} ms or more to cross the stages"
+            f"{_bound(outcome, best.outcome)}"
         )
     return f"{kept}{share:.0%} of the best's throughput: {_complaint(outcome, best.outcome)}"
+
+
+def _bound(outcome: Outcome, best: Outcome) -> str:
+    crossing = f"a token takes {outcome.tpot_p50_s * 1e3:.1f} ms or more to cross the stages"
+    if outcome.at_best == "kv":
+        return (
+            f"capacity cliff, room for {_tokens(outcome.kv_capacity_tokens)} tokens of KV where the best has "
+            f"{_tokens(best.kv_capacity_tokens)}, held the longer as {crossing}"
+        )
+    if outcome.at_best == "seats":
+        return f"synchronization cliff, {crossing}, and there are too few seats for all (max_num_seqs)"
+    return f"synchronization cliff, {crossing}"
 
 
 def _complaint(outcome: Outcome, best: Outcome) -> str:
