@@ -138,7 +138,7 @@ KV = Board(
                     "Recompute tax",
                     "Of all tokens computed over the last minute, those computed a second time after a preemption.",
                     "The price of preemption. Lower `--max-num-seqs`, give more KV, or keep on the host what preempted "
-                    "sequences had (`--swap-space`).",
+                    "sequences had (`--swap-space`; if there is some already, more).",
                     SHARE,
                     (Query(f"ridgewalk:recompute_tax:ratio_rate1m{{{PLACEMENT}}}", "{{model_name}} {{placement}}"),),
                     limits=(0.01, 0.05),
@@ -146,7 +146,7 @@ KV = Board(
                 Panel(
                     "KV blocks swapped",
                     "Blocks of preempted sequences copied to the host when others needed their place, and copied back "
-                    "when the sequences returned. Nothing without `--swap-space`.",
+                    "when the sequences returned. Nothing without swap space (`--swap-space`).",
                     "Much more out than in: the space is full (raise `--swap-space`), or sequences return to another "
                     "attention group, or are aborted while they wait.",
                     count("blocks/s"),
@@ -157,7 +157,7 @@ KV = Board(
                 ),
                 Panel(
                     "Swap space used",
-                    "Blocks on the host with what preempted sequences had that wait. Absent without `--swap-space`.",
+                    "Blocks on the host with what preempted sequences had that wait. Absent without swap space.",
                     "At 100 % what was copied first is given up and will be recomputed: raise `--swap-space`.",
                     SHARE,
                     (Query(f"ridgewalk_kv_swap_usage_ratio{{{PLACEMENT}}}", REPLICA),),

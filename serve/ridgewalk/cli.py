@@ -183,7 +183,7 @@ def serve(
         typer.Option(
             rich_help_panel=ENGINE,
             help="Host memory of a rank, e.g. 4GiB: what preempted requests had is kept there instead of recomputed. "
-            "Default on CPUs, with predictive admission: half of the KV cache; else none.",
+            "Default on CPUs, with predictive admission: half of the KV cache, beside --memory; else none.",
         ),
     ] = None,
     slo_ttft_ms: Annotated[

@@ -40,7 +40,10 @@ def parse_size(value: object) -> object:
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", value)
     if match is None or match[2].lower() not in _SIZE_UNITS:
         raise ValueError(f"{value!r} is not a size; write it as 2GiB, 512MiB or a number of bytes")
-    return int(float(match[1]) * _SIZE_UNITS[match[2].lower()])
+    size = float(match[1]) * _SIZE_UNITS[match[2].lower()]
+    if 0 < size < 1:
+        raise ValueError(f"{value!r} is less than one byte; write it as 2GiB, 512MiB or a number of bytes")
+    return int(size)
 
 
 def parse_cpus(value: object) -> object:

@@ -121,6 +121,8 @@ def main() -> None:
     parser.add_argument("--swap-tokens", type=int, help="of swap space, on the host; default: as shipped")
     parser.add_argument("--requests", type=int, default=admission_load.NUM_REQUESTS, help="of a round")
     arguments = parser.parse_args()
+    if arguments.policy == "oracle" and arguments.swap_tokens:
+        parser.error("--swap-tokens: the oracle preempts nobody")
     limits = admission_load.scheduler_config()
     spec = ModelSpec.from_folder(arguments.model)
     config = EngineConfig(

@@ -30,9 +30,9 @@ LIMITS = {"max_model_len": 1024, "max_num_seqs": 64, "max_num_batched_tokens": 5
 def configuration(
     model: Path, placements: Sequence[Mapping[str, Any]], memory: str, **options: object
 ) -> dict[str, Any]:
-    """The model in these placements. Every rank has so much memory and one thread."""
+    """The model in these placements. Every rank has so much memory, no swap space beside it, and one thread."""
     every = [{**placement, "memory": memory, "threads_per_rank": 1} for placement in placements]
-    served = {"model": str(model), "name": model.name, **LIMITS, **options, "placements": every}
+    served = {"model": str(model), "name": model.name, "swap_space": 0, **LIMITS, **options, "placements": every}
     return {"host": "127.0.0.1", "port": free_port("127.0.0.1"), "models": [served]}
 
 

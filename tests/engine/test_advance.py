@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import asdict, replace
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from ridgewalk.engine.request import FinishReason, Request
@@ -154,7 +154,17 @@ def lives(draw: st.DrawFn) -> tuple[SchedulerConfig, list[Arrival]]:
     return config, arrivals
 
 
+TWO_GROUPS = SchedulerConfig(
+    num_blocks=38, block_size=4, max_model_len=152, max_num_seqs=2, max_num_batched_tokens=2, num_groups=2,
+    enable_prefix_caching=False, admission="predictive",
+)  # fmt: skip
+ASKED_AFTER_A_PREEMPTION = [
+    (0, 4, 73, 78), (0, 4, 75, 82), (0, 1, 1, 1), (0, 1, 73, 73), (0, 1, 64, 64), (0, 1, 1, 1), (0, 9, 1, 13),
+]  # fmt: skip
+
+
 @settings(max_examples=200, deadline=None)
+@example((TWO_GROUPS, ASKED_AFTER_A_PREEMPTION))
 @given(lives())
 def test_advancing_equals_single_steps_in_every_observable(life: tuple[SchedulerConfig, list[Arrival]]) -> None:
     config, arrivals = life

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from psutil import Process
 
 from ridgewalk.engine.step import BlockCopy
 from ridgewalk.model.host_cache import AT_ONCE, HostCache
@@ -25,6 +26,17 @@ def test_copies_are_made_in_their_order_of_all_that_belongs_to_a_block() -> None
     for old, new in zip(before, after, strict=True):
         assert torch.equal(new[[0, 1, 5]], old[[4, 2, 3]])
         assert torch.equal(new[[2, 4]], old[[2, 4]])
+
+
+def test_memory_is_taken_only_as_blocks_are_written() -> None:
+    num_blocks, megabyte = 1000, 2**20
+    layer = LatentCache(torch.zeros(2, 64, 4096))  # a megabyte each
+    before = Process().memory_info().rss
+    swap = HostCache([layer], num_blocks)
+    untouched = Process().memory_info().rss - before
+    swap.copy([BlockCopy(True, 0, block) for block in range(100)])
+    written = Process().memory_info().rss - before
+    assert untouched < 50 * megabyte < 100 * megabyte <= written < 300 * megabyte
 
 
 def test_of_copies_to_one_place_the_last_stands_however_many_there_are() -> None:

@@ -14,6 +14,7 @@ from ridgewalk.replica.sizing import (
     GPU_SHARE,
     RANK_PROCESS_BYTES,
     STATED_SHARE,
+    SWAP_HOST_SHARE,
     check_host_memory,
     num_threads,
     size_cache,
@@ -75,7 +76,7 @@ def test_swap_space_holds_as_many_blocks_on_every_stage():
     largest = max(stage.kv_bytes_per_block for stage in plan.stages)
     assert plan.num_swap_blocks == GIB // largest
     assert config().scheduler_config(plan).num_swap_blocks == plan.num_swap_blocks
-    assert plan.describe_room() == f"16,000 tokens and room for {16 * plan.num_swap_blocks:,} on the host"
+    assert plan.describe_room() == f"16,000 tokens and swap space for {16 * plan.num_swap_blocks:,}"
 
 
 def test_cpu_ranks_get_half_of_the_cache_as_swap_space_as_far_as_there_is_memory():
@@ -88,18 +89,22 @@ def test_cpu_ranks_get_half_of_the_cache_as_swap_space_as_far_as_there_is_memory
         {"enable_prefix_caching": False},
     ):
         assert size_cache(config(num_blocks=1001, **without), SPEC, 80 * GIB).num_swap_blocks == 0, without
+    shared = size_cache(config(max_num_seqs=4096), SPEC, 160 * GIB)  # half of the host for the model
+    an_eighth = int(160 * GIB * SWAP_HOST_SHARE / 2)
+    assert shared.num_swap_blocks == an_eighth // shared.largest_kv_bytes_per_block
+    assert shared.num_swap_blocks < shared.num_blocks / 2
     with pytest.raises(MemoryPlanError) as refused:
         size_cache(config(num_blocks=10**9), SPEC, 80 * GIB)
     most = int(re.search(r"lower --num-blocks to (\d+)", str(refused.value))[1])
     assert size_cache(config(num_blocks=most), SPEC, 80 * GIB).num_swap_blocks < 10  # the host is full
-    some = size_cache(config(num_blocks=most * 9 // 10), SPEC, 80 * GIB)
-    assert 0.05 * some.num_blocks < some.num_swap_blocks < 0.2 * some.num_blocks  # the rest of the host
 
 
 def test_swap_space_that_holds_nothing_or_has_no_room_is_refused():
     with pytest.raises(MemoryPlanError, match=r"swap_space of 4 bytes does not hold one KV block.*as 4GiB"):
         size_cache(config(num_blocks=1000, swap_space=4), SPEC, 80 * GIB)
-    with pytest.raises(MemoryPlanError, match=r"swap_space 60.00 GiB .* of this host's memory; lower --swap-space"):
+    with pytest.raises(
+        MemoryPlanError, match=r"swap_space 60.00 GiB .* of this host's memory; lower --swap-space, or 0 for none"
+    ):
         size_cache(config(num_blocks=1000, swap_space=60 * GIB), SPEC, 80 * GIB)
     on_gpus = config(num_blocks=1000, swap_space=60 * GIB, device="cuda")
     size_cache(on_gpus, SPEC, 80 * GIB)

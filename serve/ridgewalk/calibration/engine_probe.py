@@ -155,6 +155,7 @@ def _config(task: StepsTask, model: str) -> EngineConfig:
         block_size=16,
         max_waiting=max(task.batches) * mesh.dp,
         num_blocks=-(-longest // 16) * max(task.batches),
+        swap_space=0,
         ranks_per_host=task.num_ranks,
     )
 

@@ -32,8 +32,8 @@ MARGIN, MARGIN_WITH_SWAP = 2.0, 1.5
 """Standard deviations of KV use kept free beyond what is expected: fewer where a preempted request loses little, for
 what is kept free is capacity given away."""
 
-SWAP_SHARE = 0.25
-"""Of the KV cache: swap space from there on holds nearly all that preempted requests leave behind."""
+LEAST_SWAP_SHARE = 0.25
+"""Of the KV cache: swap space from there on holds most of what preempted requests leave behind (half of it, all)."""
 
 REFRESH_EVERY = 16
 """Steps for which a forecast stands while nobody comes or goes: a block of tokens for each running request."""
@@ -67,7 +67,7 @@ class PredictiveAdmission:
         """``growth``: of the grid of times; 1 looks at every block, for lengths that are known."""
         self._config = config
         self._lengths = lengths if lengths is not None else OutputLengths(config.max_model_len)
-        swaps = config.num_swap_blocks >= SWAP_SHARE * config.num_blocks
+        swaps = config.num_swap_blocks >= LEAST_SWAP_SHARE * config.num_blocks
         self._margin = margin if margin is not None else MARGIN_WITH_SWAP if swaps else MARGIN
         self._times = length_grid(config.max_model_len, config.block_size, growth)
         self._forecasts: dict[AttentionGroup, _Forecast] = {}

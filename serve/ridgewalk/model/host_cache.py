@@ -17,12 +17,12 @@ AT_ONCE = 64
 class HostCache:
     """Memory on the host for so many blocks of all layers of a stage.
 
-    Pageable memory: a step waits for its copies.
+    Pageable memory, which is taken as blocks are written: a step waits for its copies.
     """
 
     def __init__(self, caches: Sequence[LayerCache | LatentCache], num_blocks: int) -> None:
         self._pairs = [
-            (tensor, torch.zeros((num_blocks, *tensor.shape[1:]), dtype=tensor.dtype))
+            (tensor, torch.empty((num_blocks, *tensor.shape[1:]), dtype=tensor.dtype))
             for cache in caches
             for tensor in cache.tensors
         ]

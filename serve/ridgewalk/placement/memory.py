@@ -100,7 +100,7 @@ class MemoryPlan:
     def describe_room(self) -> str:
         """Tokens of KV of an attention group, in words."""
         swap = self.num_swap_blocks * self.block_size
-        return f"{self.kv_tokens:,} tokens" + (f" and room for {swap:,} on the host" if swap else "")
+        return f"{self.kv_tokens:,} tokens" + (f" and swap space for {swap:,}" if swap else "")
 
     def blocks_within(self, budget_bytes: int) -> int:
         """KV blocks for which every rank has room in ``budget_bytes``; 0 when not even one fits."""

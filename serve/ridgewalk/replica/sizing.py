@@ -1,9 +1,10 @@
 """How much memory and how many threads a rank gets when nobody says.
 
-Swap space, when nobody says, is half of the KV cache on CPU ranks under predictive admission, which then lets more
-requests begin and computes next to nothing twice (tests/benchmarks/RESULTS.md). It is memory beside `memory`, touched
-only as requests are preempted. `prompt_only` preempts more than such a space could hold. On CUDA it must be stated:
-steps wait for its copies, and how long has not been measured there.
+Swap space, when nobody says, is half of the KV cache on CPU ranks under predictive admission, as far as an eighth of
+the host's memory goes. Admission then lets more requests begin and computes next to nothing twice (RESULTS.md,
+"Admission"). It is memory beside `memory`, taken as preempted requests are swapped out, and kept. Under `prompt_only`
+it must be stated: what is preempted there is more than that, and has not been measured. So it must on CUDA: steps wait
+for its copies, and how long has not been measured either.
 """
 
 from __future__ import annotations
@@ -30,8 +31,12 @@ RANK_PROCESS_BYTES = GIB // 4
 thread pools, the transports). On CUDA the device's share is the budget, and the host's counts for swap space alone."""
 
 SWAP_SHARE = 0.5
-"""Of the KV cache: swap space of CPU ranks, beside `memory`, under predictive admission. On a real rank, with nine
-preemptions, a quarter had 3 % of the tokens computed twice, and a half 0.2 %."""
+"""Of the KV cache: swap space of CPU ranks by default. On a real rank, with nine preemptions, a quarter had 3 % of the
+tokens computed twice, and a half 0.2 %."""
+
+SWAP_HOST_SHARE = 0.125
+"""Of a host's memory, for the default swap space of all ranks on it together, beside `CPU_SHARE` or what is stated; and
+no more than half of what these leave."""
 
 _UNBOUNDED = 2**63
 
@@ -74,14 +79,15 @@ def size_cache(
     )
     if config.num_blocks is not None:
         plan = replace(plan, num_blocks=config.num_blocks)
-    left: float = math.inf  # of the host's memory; that of CUDA ranks is looked at by `check_host_memory`
+    spare: float = math.inf  # of the host's memory, for swap space by default
     if available_bytes is not None:
         limit = _rank_share(config, available_bytes, STATED_SHARE, ranks_sharing)
         _check_stated(config, plan, limit)
         if config.device == "cpu":
             left = limit - plan.weight_bytes - plan.activation_bytes - plan.kv_bytes
             _check_swap_space(config, left, "weights, activations and KV cache leave of this host's memory")
-    return _with_swap_space(config, plan, left)
+            spare = min(left / 2, available_bytes * SWAP_HOST_SHARE / ranks_sharing)
+    return _with_swap_space(config, plan, spare)
 
 
 def check_host_memory(config: EngineConfig, host_bytes: int, own_ranks: int) -> None:
@@ -105,13 +111,13 @@ def num_threads(config: EngineConfig, ranks_on_host: int) -> int:
     return max(1, num_cores() // max(config.ranks_per_host, ranks_on_host))
 
 
-def _with_swap_space(config: EngineConfig, plan: MemoryPlan, left: float) -> MemoryPlan:
+def _with_swap_space(config: EngineConfig, plan: MemoryPlan, spare: float) -> MemoryPlan:
     """What is stated, or what suits admission by default, as far as there is memory."""
     if config.swap_space is None:
         if config.device == "cuda" or config.admission != "predictive" or not config.enable_prefix_caching:
             return plan
         wanted = math.ceil(SWAP_SHARE * plan.num_blocks)
-        return plan.with_swap_space(int(min(wanted * plan.largest_kv_bytes_per_block, max(left, 0))))
+        return plan.with_swap_space(int(min(wanted * plan.largest_kv_bytes_per_block, max(spare, 0))))
     plan = plan.with_swap_space(config.swap_space)
     if config.swap_space and not plan.num_swap_blocks:
         raise MemoryPlanError(
@@ -160,7 +166,7 @@ def _check_swap_space(config: EngineConfig, left: int, whence: str) -> None:
     if config.swap_space is not None and config.swap_space > left:
         raise MemoryPlanError(
             f"swap_space {_gib(config.swap_space)} per rank is more than the {_gib(left)} that {whence}; "
-            "lower --swap-space or leave it out"
+            "lower --swap-space, or 0 for none"
         )
 
 
