@@ -83,6 +83,8 @@ async def scrapes_under_load(service_url: str) -> int:
         load = [asyncio.create_task(stream_completion(session, url, each)) for each in bodies]
         while not all(task.done() for task in load):
             now = await read()
+            if any(now.total(f"ridgewalk_scrape_missing_{who}") for who in ("ingresses", "replicas")):
+                continue  # on a crowded machine one may answer too late, and the scrape says so
             assert counters_of(last).keys() <= counters_of(now).keys()
             assert {key: value for key, value in counters_of(last).items() if now.samples[key] < value} == {}
             last = now
