@@ -1,4 +1,5 @@
-"""A whole calibration, of a machine that is known: teams tell what it would take, and the file must say what it is."""
+"""A whole calibration, of a machine that is known: teams tell what the cost model says that it would take, and what is made
+of it must be that machine again. How near the model is to real machines is for benchmarks."""
 
 from __future__ import annotations
 
