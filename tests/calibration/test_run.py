@@ -1,5 +1,6 @@
-"""A whole calibration, of a machine that is known: teams tell what the cost model says that it would take, and what is made
-of it must be that machine again. How near the model is to real machines is for benchmarks."""
+"""A whole calibration, of a machine that is known: teams tell what the cost model says that it would take, and what is
+made of it must be that machine again. How near the model is to real machines is for benchmarks.
+"""
 
 from __future__ import annotations
 
