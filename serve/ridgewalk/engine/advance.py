@@ -30,18 +30,14 @@ def rounds_until_event(scheduler: Scheduler, at_most: int) -> int:
     if not _rotates(scheduler):
         return 0
     rounds = min(at_most, _rounds_of_decoding(scheduler))
-    if rounds < 1:
+    rounds = min(_rounds_of_room(group, rounds) for group in scheduler.groups)
+    # Without room the next step preempts and asks the policy nothing; nor may this, which would teach it otherwise.
+    if rounds < 1 or (scheduler.waiting and (_may_admit(scheduler) or _pauses(scheduler))):
         return 0
-    if scheduler.waiting:
-        # A step that preempts asks the policy nothing, so neither may this before one: it would learn from other steps.
-        if any(_rounds_of_room(group, 1) < 1 for group in scheduler.groups):
-            return 0
-        if _may_admit(scheduler) or _pauses(scheduler):
-            return 0
-        # The policy asks again now and then whether the first of them may begin.
+    if scheduler.waiting:  # the policy asks again now and then whether the first of them may begin
         steps = scheduler.admission.answer_stands(scheduler.counters.steps)
         rounds = min(rounds, steps // (1 + scheduler.num_in_flight))
-    return min(_rounds_of_room(group, rounds) for group in scheduler.groups)
+    return rounds
 
 
 def advance(scheduler: Scheduler, rounds: int, stopped: Collection[Request] = ()) -> list[Request]:

@@ -91,14 +91,15 @@ class OutputLengths:
     def observe_length(self, kind: LengthClass, first: int, last: int, stopped: bool) -> None:
         """Count an output that was followed from ``first`` tokens on to ``last``; not ``stopped``: it was cut there."""
         row = _STOPPED if stopped else _CENSORED
+        entered, ended = self._buckets([first, last])
         for key in kind.lineage:
             counts = self._counts.get(key)
             if counts is None:
                 if len(self._counts) >= MAX_CLASSES:
                     break
                 counts = self._counts[key] = self._no_counts()
-            counts[_ENTERED, self._bucket(first)] += 1
-            counts[row, self._bucket(last)] += 1
+            counts[_ENTERED, entered] += 1
+            counts[row, ended] += 1
         self._num_ended += 1
         if self._num_ended >= MEMORY:
             self._num_ended //= 2
@@ -117,7 +118,7 @@ class OutputLengths:
         self._seen = dict(self._counts)
         added: set[tuple[object, ...]] = set()
         for kind, lengths in opened.items():
-            entered, censored = self._count(np.array(lengths))
+            entered, censored = map(self._count, zip(*lengths, strict=True))
             for key in kind.lineage:
                 if key not in added:
                     added.add(key)
@@ -165,14 +166,12 @@ class OutputLengths:
             weight = np.minimum(weight + at_risk, BACKOFF_WEIGHT)
         return hazard
 
-    def _count(self, lengths: npt.NDArray[np.int64]) -> list[npt.NDArray[np.int64]]:
-        """How many of each column of ``lengths`` are in each bucket."""
-        num_buckets = len(self._grid) - 1
-        buckets = np.minimum(np.searchsorted(self._grid, lengths, side="right"), num_buckets) - 1
-        return [np.bincount(column, minlength=num_buckets) for column in buckets.T]
+    def _count(self, lengths: Sequence[int]) -> npt.NDArray[np.int64]:
+        """How many are in each bucket."""
+        return np.bincount(self._buckets(lengths), minlength=len(self._grid) - 1)
 
-    def _bucket(self, num_tokens: int) -> int:
-        return min(int(np.searchsorted(self._grid, num_tokens, side="right")), len(self._grid) - 1) - 1
+    def _buckets(self, lengths: Sequence[int]) -> npt.NDArray[np.int64]:
+        return np.minimum(np.searchsorted(self._grid, lengths, side="right"), len(self._grid) - 1) - 1
 
     def _no_counts(self) -> Array:
         return np.zeros((3, len(self._grid) - 1))
