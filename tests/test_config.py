@@ -49,6 +49,7 @@ RECORDING = {"enable_expert_parallel": True, "record_expert_load": "/var/seen.js
             {"models": [{"model": "x", "swap_space": "1GiB", "enable_prefix_caching": False}]},
             "swap_space needs enable_prefix_caching",
         ),
+        ({"models": [{"model": "x", "swap_space": "0.5"}]}, r"models\[0\].swap_space: .*less than one byte"),
         ({"models": [{"model": "x", "slo_tpot_ms": 0}]}, r"models\[0\].slo_tpot_ms: .*greater than 0"),
         ({"models": [{"model": "x"}, {"model": "x"}]}, "two models are called 'x'"),
         ({"models": [{"model": "x", "placements": [{}, {}]}]}, "lists a placement twice"),
@@ -117,6 +118,13 @@ def test_a_file_that_is_missing_or_no_yaml_is_named(tmp_path: Path) -> None:
 def test_sizes(number: int, unit: tuple[str, int]) -> None:
     assert parse_size(f"{number}{unit[0]}") == number * unit[1]
     assert parse_size(f" {number} {unit[0]} ") == number * unit[1]
+
+
+@pytest.mark.parametrize("none", [0, "0", "0GiB"])
+def test_no_swap_space_is_no_default(none: object) -> None:
+    fields = {"model": "x", "swap_space": none, "enable_prefix_caching": False}
+    assert parse_config({"models": [fields]}).models[0].swap_space == 0
+    assert parse_config({"models": [{"model": "x"}]}).models[0].swap_space is None
 
 
 @given(st.sets(st.integers(0, 300), min_size=1))
