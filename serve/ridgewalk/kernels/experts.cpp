@@ -96,26 +96,21 @@ void run_experts(
     auto gate_of = [&](int64_t unit) {
         return gate_up + blocks[unit / pairs].slot * s.gate_up() + unit % pairs * pair;
     };
-    const int64_t first_units = blocks.size() * pairs;
-    for_units(pool, first_units, [&](int64_t unit) {
+    for_units(pool, blocks.size() * pairs, [&](int64_t unit, int64_t next) {
         float silu[ROW_BLOCK * PANEL];
         const Block& b = blocks[unit / pairs];
         const T *gate = gate_of(unit), *up = gate + pair / 2;
         multiply_panel(gate, s.hidden, sources, b.first, b.count, GateSink{{}, silu, b.first}, up);
         const UpSink<Input> sink{{}, silu, inner.get() + (b.first - begin) * s.inner, b.first, unit % pairs, s.inner};
-        multiply_panel(up, s.hidden, sources, b.first, b.count, sink, unit + 1 < first_units ? gate_of(unit + 1) : up);
+        multiply_panel(up, s.hidden, sources, b.first, b.count, sink, gate_of(next));
     });
     const EvenRows<T> inner_rows{inner.get() - begin * s.inner, s.inner};
     const int64_t panels = panels_of(s.hidden), size = PANEL * s.inner;
     auto down_of = [&](int64_t unit) { return down + blocks[unit / panels].slot * s.down() + unit % panels * size; };
-    const int64_t second_units = blocks.size() * panels;
-    for_units(pool, second_units, [&](int64_t unit) {
+    for_units(pool, blocks.size() * panels, [&](int64_t unit, int64_t next) {
         const Block& b = blocks[unit / panels];
         const DownSink<T> sink{{}, out, routes, unit % panels, s.hidden};
-        const T* weight = down_of(unit);
-        multiply_panel(
-            weight, s.inner, inner_rows, b.first, b.count, sink, unit + 1 < second_units ? down_of(unit + 1) : weight
-        );
+        multiply_panel(down_of(unit), s.inner, inner_rows, b.first, b.count, sink, down_of(next));
     });
 }
 

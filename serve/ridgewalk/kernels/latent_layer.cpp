@@ -41,14 +41,13 @@ void head_linear(
     }
     const int64_t panels = panels_of(s.outputs), all = s.heads * panels;
     const int64_t blocks = (s.tokens + ROW_BLOCK - 1) / ROW_BLOCK;
-    for_units(pool, blocks * all, [&](int64_t unit) {
+    auto weight_of = [&](int64_t unit) { return packed + unit % all * PANEL * s.inputs; };  // panels, head by head
+    for_units(pool, blocks * all, [&](int64_t unit, int64_t next) {
         const int64_t at = unit % all, head = at / panels, panel = at % panels, first = unit / all * ROW_BLOCK;
-        const T* weight = packed + at * PANEL * s.inputs;  // a head's panels follow the last head's
         const EvenRows<T> inputs{rows + head * head_stride, token_stride};
         const HeadOutput<T> sink{out + head * s.outputs, s.heads * s.outputs, panel, s.outputs};
-        const T* next = at + 1 < all ? weight + PANEL * s.inputs : weight;
         const int64_t count = std::min<int64_t>(ROW_BLOCK, s.tokens - first);
-        multiply_panel(weight, s.inputs, inputs, first, count, sink, next);
+        multiply_panel(weight_of(unit), s.inputs, inputs, first, count, sink, weight_of(next));
     });
 }
 

@@ -33,12 +33,11 @@ template <class T>
 void linear(T* out, const T* x, const T* packed, const T* bias, int64_t rows, int64_t n, int64_t k, ThreadPool& pool) {
     const InputRows<T> inputs(x, rows, k, k, pool);
     const int64_t panels = panels_of(n), blocks = (rows + ROW_BLOCK - 1) / ROW_BLOCK;
-    for_units(pool, blocks * panels, [&](int64_t unit) {
-        const int64_t panel = unit % panels, first = unit / panels * ROW_BLOCK;
-        const T* weight = packed + panel * PANEL * k;
-        const T* next = panel + 1 < panels ? weight + PANEL * k : weight;
-        const int64_t count = std::min<int64_t>(ROW_BLOCK, rows - first);
-        multiply_panel(weight, k, inputs.rows, first, count, Output<T>{out, bias, n, panel}, next);
+    auto weight_of = [&](int64_t unit) { return packed + unit % panels * PANEL * k; };
+    for_units(pool, blocks * panels, [&](int64_t unit, int64_t next) {
+        const int64_t first = unit / panels * ROW_BLOCK, count = std::min<int64_t>(ROW_BLOCK, rows - first);
+        const Output<T> sink{out, bias, n, unit % panels};
+        multiply_panel(weight_of(unit), k, inputs.rows, first, count, sink, weight_of(next));
     });
 }
 

@@ -12,6 +12,7 @@
 #include <utility>
 
 #include "thread_pool.h"
+#include "unit_runs.h"
 #include "vector.h"
 
 namespace ridgewalk {
@@ -133,15 +134,6 @@ void multiply_panel(
         Tiles<T, Rows, Sink>::BY_ROWS[to - from - 1](weight, k, rows, from, sink, ahead, step);
         ahead += step * k / Packing<T>::DEPTH;
     }
-}
-
-// body(i) for 0 <= i < units in pieces of several, so that a thread knows which unit is its next.
-template <class F>
-void for_units(ThreadPool& pool, int64_t units, const F& body) {
-    const int64_t chunk = std::max<int64_t>(1, units / (pool.threads() * 8));
-    pool.run((units + chunk - 1) / chunk, [&](int64_t piece) {
-        for (int64_t i = piece * chunk; i < std::min(units, (piece + 1) * chunk); i++) body(i);
-    });
 }
 
 // One panel of a packed [n][k] matrix, from row-major weights.
