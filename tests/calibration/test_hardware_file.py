@@ -23,6 +23,8 @@ def figures(factor: float = 1.0, alone: bool = True) -> RankFigures:
         attention_bandwidth={1: 8e9 * factor, 4: 4e9 * factor},
         attention_flops=25e9 * factor,
         latent_attention_flops=30e9 * factor,
+        expert_flops={1: 18e9 * factor, 8: 42e9 * factor},
+        expert_fill=40.0,
         value_s=1e-8 / factor,
     )
     return RankFigures({"bfloat16": rates, "float32": rates}, None if alone else COLLECTIVES)

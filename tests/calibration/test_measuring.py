@@ -15,7 +15,15 @@ from ridgewalk.calibration.collective_probes import measure_collectives
 from ridgewalk.calibration.engine_probe import EngineTeam, StepPoint, StepsTask
 from ridgewalk.calibration.figures import CollectiveRates
 from ridgewalk.calibration.hardware_file import with_waits
-from ridgewalk.calibration.kernel_probes import QUERY_HEADS, ROWS
+from ridgewalk.calibration.kernel_probes import (
+    EXPERT_HIDDEN,
+    EXPERT_INNER,
+    EXPERT_ROWS,
+    QUERY_HEADS,
+    ROWS,
+    SLICED_INNER,
+    expert_fill,
+)
 from ridgewalk.calibration.overheads import fit_overheads, fit_wait_s, left_per_layer_s, predicted_s
 from ridgewalk.calibration.rank_probes import measure_rank
 from ridgewalk.calibration.rank_team import RankTeam, TeamTask
@@ -24,6 +32,7 @@ from ridgewalk.calibration.stopwatch import Effort, Stopwatch, lower_quartile
 from ridgewalk.calibration.team import CalibrationError, Team, Turns
 from ridgewalk.kernels.build import load_library
 from ridgewalk.parallel.communicator import Communicator
+from ridgewalk.placement.cost_model import expert_stretch
 from ridgewalk.placement.mesh import Mesh
 from tests.calibration.test_hardware_file import machine
 from tests.parallel.ranks import run_threads
@@ -41,13 +50,29 @@ def test_every_rate_of_the_kernels_is_measured(name: str) -> None:
     assert tuple(rates.product_flops) == ROWS
     assert tuple(rates.attention_bandwidth) == QUERY_HEADS
     assert rates.weight_bandwidth == pytest.approx(rates.product_flops[1] * itemsize / 2)
+    assert tuple(rates.expert_flops) == EXPERT_ROWS
+    assert rates.expert_fill >= 0
     measured = (
         *rates.product_flops.values(),
+        *rates.expert_flops.values(),
         *rates.attention_bandwidth.values(),
         rates.attention_flops,
         rates.value_s,
     )
     assert min(*measured, rates.latent_attention_flops) > 0
+
+
+@pytest.mark.parametrize("fill", [0.0, 3.0, 40.0, 380.0])
+def test_what_an_experts_products_take_to_get_going_is_what_slices_are_slower_by(fill: float) -> None:
+    whole, sliced = (1e9 / expert_stretch(fill, EXPERT_HIDDEN, inner) for inner in (EXPERT_INNER, SLICED_INNER))
+    assert expert_fill(whole, sliced) == pytest.approx(fill)
+
+
+@pytest.mark.parametrize(("whole", "sliced"), [(1e9, 1.1e9), (1e9, 1e8), (1e9, 0.4e9)])
+def test_slices_faster_than_whole_experts_or_slower_than_any_fill_could_make_them_give_a_finite_one(
+    whole: float, sliced: float
+) -> None:
+    assert 0 <= expert_fill(whole, sliced) < 1000
 
 
 def test_collectives_are_measured_among_ranks_and_not_by_one_alone(tmp_path: Path) -> None:

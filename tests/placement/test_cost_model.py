@@ -17,6 +17,8 @@ from ridgewalk.placement.measured_curve import MeasuredCurve
 from ridgewalk.placement.mesh import Mesh
 from ridgewalk.placement.model_spec import ModelSpec
 
+ALONE = Mesh()
+
 
 def shipped(name: str) -> ModelSpec:
     path = shipped_path("models", name)
@@ -208,6 +210,29 @@ def test_rows_of_an_expert_are_those_that_meet_there() -> None:
     assert times[1].products == pytest.approx(
         100 * 512 * 2 * (spec.active_parameters - _tables(spec)) / 989e12, rel=1e-2
     )
+
+
+def test_experts_take_what_was_measured_of_experts_and_of_their_slices() -> None:
+    spec, measured = shipped("mixtral-8x7b"), {"bfloat16": {1: 2e9, 4: 8e9, 64: 16e9}}
+    hardware = msgspec.structs.replace(ideal(), expert_flops=measured, expert_fill=30.0, straggle=0.0)
+    expert = 6 * 4096 * 14336  # FLOPs of a row
+
+    def slower(tokens: int, mesh: Mesh = ALONE) -> float:
+        """Products and reading of a layer beyond what they take without routed experts. Seconds."""
+        load = [GroupLoad(tokens, 0, 0, 0)] * mesh.dp
+        (time,) = CostModel(spec, mesh, hardware).stage_times(load)
+        nothing = msgspec.structs.replace(hardware, expert_flops={"bfloat16": {1: 1e30}})
+        (rest,) = CostModel(spec, mesh, nothing).stage_times(load)
+        return (time.weights + time.products - rest.weights - rest.products) / 32
+
+    def stretch(slices: int) -> float:
+        return 1 + 10 * (2 / 4096 + slices / 14336)
+
+    assert slower(256) == pytest.approx(8 * stretch(1) * expert * 64 / 16e9, rel=1e-3)  # 64 rows for each of 8
+    assert slower(16) == pytest.approx(8 * stretch(1) * expert * 4 / 8e9, rel=0.02)
+    assert slower(1) == pytest.approx(2 * stretch(1) * expert / 2e9, rel=1e-3)  # two are read
+    assert slower(256, Mesh(tp=4)) == pytest.approx(8 * stretch(4) * expert / 4 * 64 / 16e9, rel=1e-3)
+    assert slower(256, Mesh(tp=4)) > slower(256) / 4
 
 
 def _tables(spec: ModelSpec) -> int:

@@ -13,6 +13,8 @@ class KernelRates(msgspec.Struct, frozen=True):
     attention_bandwidth: dict[int, float]  # bytes/s of KV in decode, by query heads per KV head
     attention_flops: float  # FLOP/s of attention of prompts
     latent_attention_flops: float  # FLOP/s of decode over latents
+    expert_flops: dict[int, float]  # FLOP/s of a sparse layer's experts, by rows of each
+    expert_fill: float  # input columns whose time each product of an expert takes beside its own
     value_s: float  # seconds of norms, rotation and activation of a layer, for each value of a token's hidden state
 
 

@@ -22,6 +22,10 @@ HOW: Mapping[str, str] = {
     "flops": f"FLOP/s of one rank by dtype, while all compute: {2 * kernel_probes.SIDE} x {kernel_probes.SIDE} weights "
     "times the number of rows that is fastest",
     "product_shares": "of flops, reached with so many rows; weights are read from memory each time",
+    "expert_flops": f"FLOP/s of {kernel_probes.EXPERTS} experts, by dtype and rows of each, while all compute: hidden "
+    f"{kernel_probes.EXPERT_HIDDEN}, {kernel_probes.EXPERT_INNER} inner columns, without what the next takes of it",
+    "expert_fill": "input columns whose time each product of an expert takes beside its own: how much slower experts "
+    f"of {kernel_probes.SLICED_INNER} inner columns are",
     "attention_bandwidth": "bytes/s of KV that one rank reads in decode, while all do, by query heads per KV head: "
     f"{kernel_probes.SEQUENCES} sequences of {kernel_probes.CONTEXT} tokens, {kernel_probes.KV_HEADS} KV heads of "
     f"{kernel_probes.HEAD_DIM}",
@@ -62,10 +66,7 @@ def rank_rates(figures: Sequence[RankFigures], overheads: Overheads) -> RankRate
     dtypes = {
         dtype: [rank.kernels[dtype] for rank in figures] for dtype in figures[0].kernels
     }  # fmt: skip
-    by_rows = {
-        dtype: {rows: fmean(rank.product_flops[rows] for rank in ranks) for rows in ranks[0].product_flops}
-        for dtype, ranks in dtypes.items()
-    }
+    by_rows = {dtype: _mean([rank.product_flops for rank in ranks]) for dtype, ranks in dtypes.items()}
     return RankRates(
         memory_bandwidth=max(fmean(rank.weight_bandwidth for rank in ranks) for ranks in dtypes.values()),
         flops={dtype: max(rates.values()) for dtype, rates in by_rows.items()},
@@ -73,12 +74,10 @@ def rank_rates(figures: Sequence[RankFigures], overheads: Overheads) -> RankRate
             dtype: {rows: rate / max(rates.values()) for rows, rate in rates.items()}
             for dtype, rates in by_rows.items()
         },
+        expert_flops={dtype: _mean([rank.expert_flops for rank in ranks]) for dtype, ranks in dtypes.items()},
+        expert_fill=fmean(rank.expert_fill for ranks in dtypes.values() for rank in ranks),
         attention_bandwidth={
-            dtype: {
-                heads: fmean(rank.attention_bandwidth[heads] for rank in ranks)
-                for heads in ranks[0].attention_bandwidth
-            }
-            for dtype, ranks in dtypes.items()
+            dtype: _mean([rank.attention_bandwidth for rank in ranks]) for dtype, ranks in dtypes.items()
         },
         attention_flops={dtype: fmean(rank.attention_flops for rank in ranks) for dtype, ranks in dtypes.items()},
         latent_attention_flops={
@@ -90,6 +89,11 @@ def rank_rates(figures: Sequence[RankFigures], overheads: Overheads) -> RankRate
         step_overhead_s=overheads.step_s,
         sequence_overhead_s=overheads.sequence_s,
     )
+
+
+def _mean(curves: Sequence[Mapping[int, float]]) -> dict[int, float]:
+    """At each size that they have in common."""
+    return {size: fmean(curve[size] for curve in curves) for size in curves[0]}
 
 
 def hardware_spec(

@@ -1,8 +1,8 @@
-"""What one rank reaches with the engine's own kernels: products by rows, and attention over a KV cache."""
+"""What one rank reaches with the engine's own kernels: products by rows, and experts, attention over a KV cache."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import cycle
 
@@ -10,6 +10,7 @@ import torch
 
 from ridgewalk.calibration.figures import KernelRates
 from ridgewalk.kernels.kernel_set import HeadLayout, KernelSet, Matrix
+from ridgewalk.placement.cost_model import expert_stretch
 
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 QUERY_HEADS = (1, 2, 4, 8)
@@ -25,6 +26,13 @@ SIDE = 1024
 Beside a time for each weight a call has one of its own: with two threads, 14 us where a product of 1024 x 1024 takes
 117. That is a layer's overhead, and among the rates it would make one rank of many threads look slower than it is.
 """
+
+EXPERTS, EXPERT_HIDDEN, EXPERT_INNER = 32, 512, 256
+EXPERT_ROWS = (1, 2, 4, 8, 32, 128)
+"""Of each expert."""
+
+SLICED_INNER, SLICED_ROWS = 64, 4
+"""Inner columns of an expert that is split among ranks, and rows of each."""
 
 KV_HEADS, HEAD_DIM, BLOCK_SIZE = 4, 64, 16
 SEQUENCES, CONTEXT = 16, 512
@@ -44,21 +52,38 @@ class Probe:
 def make_probes(kernels: KernelSet, dtype: torch.dtype, cold_bytes: int = COLD_BYTES) -> dict[str, Probe]:
     """By name, as `kernel_rates` knows them."""
     products = {f"product {rows}": probe for rows, probe in _products(kernels, dtype, cold_bytes).items()}
+    experts = {f"experts {rows}": probe for rows, probe in _experts(kernels, dtype, cold_bytes).items()}
+    experts["sliced experts"] = _experts(kernels, dtype, cold_bytes, SLICED_INNER, (SLICED_ROWS,))[SLICED_ROWS]
     decodes = {f"decode {heads}": probe for heads, probe in _decodes(kernels, dtype, cold_bytes).items()}
     others = {"prompt": _prompt(kernels, dtype), "latent": _latent(kernels, dtype), "values": _values(kernels, dtype)}
-    return products | decodes | others
+    return products | experts | decodes | others
 
 
 def kernel_rates(rates: Mapping[str, float], dtype: torch.dtype) -> KernelRates:
     """From amounts a second by probe."""
+    fill = expert_fill(rates[f"experts {SLICED_ROWS}"], rates["sliced experts"])
     return KernelRates(
         weight_bandwidth=rates["product 1"] / 2 * dtype.itemsize,  # two FLOPs a weight
         product_flops={rows: rates[f"product {rows}"] for rows in ROWS},
         attention_bandwidth={heads: rates[f"decode {heads}"] for heads in QUERY_HEADS},
         attention_flops=rates["prompt"],
         latent_attention_flops=rates["latent"],
+        expert_flops={
+            rows: rates[f"experts {rows}"] * expert_stretch(fill, EXPERT_HIDDEN, EXPERT_INNER) for rows in EXPERT_ROWS
+        },
+        expert_fill=fill,
         value_s=1 / rates["values"],
     )
+
+
+def expert_fill(whole: float, sliced: float) -> float:
+    """`HardwareSpec.expert_fill`, from FLOP/s of experts of `EXPERT_INNER` and of `SLICED_INNER` columns.
+
+    It makes the first take 1 + a f, the second 1 + b f, of which the rates give the ratio.
+    """
+    a, b = (expert_stretch(1.0, EXPERT_HIDDEN, inner) - 1 for inner in (EXPERT_INNER, SLICED_INNER))
+    ratio = min(whole / sliced, (1 + b / a) / 2)  # at b / a it would all be fill
+    return max(0.0, (ratio - 1) / (b - ratio * a))
 
 
 def _products(kernels: KernelSet, dtype: torch.dtype, cold_bytes: int) -> dict[int, Probe]:
@@ -72,6 +97,26 @@ def _products(kernels: KernelSet, dtype: torch.dtype, cold_bytes: int) -> dict[i
 def _product(kernels: KernelSet, matrices: cycle[Matrix], rows: int, dtype: torch.dtype) -> Probe:
     x = torch.randn(rows, SIDE).to(dtype)
     return Probe(4 * rows * SIDE * SIDE, lambda: kernels.linear(x, next(matrices)))
+
+
+def _experts(
+    kernels: KernelSet,
+    dtype: torch.dtype,
+    cold_bytes: int,
+    inner: int = EXPERT_INNER,
+    rows_of_each: Sequence[int] = EXPERT_ROWS,
+) -> dict[int, Probe]:
+    """All experts of a layer, each with so many rows, and weights that no cache holds."""
+    hidden, parameters = EXPERT_HIDDEN, 3 * EXPERT_HIDDEN * inner
+    gate_up, down = torch.randn(EXPERTS, 2 * inner, hidden).to(dtype), torch.randn(EXPERTS, hidden, inner).to(dtype)
+    count = max(2, cold_bytes // (EXPERTS * parameters * dtype.itemsize))
+    layers = cycle([kernels.pack_experts(gate_up, down) for _ in range(count)])
+
+    def layer(rows: int) -> Probe:
+        x, starts = torch.randn(EXPERTS * rows, hidden).to(dtype), torch.arange(0, EXPERTS * rows + 1, rows)
+        return Probe(2.0 * EXPERTS * rows * parameters, lambda: kernels.expert_mlp(x, starts, next(layers)))
+
+    return {rows: layer(rows) for rows in rows_of_each}
 
 
 def _decodes(kernels: KernelSet, dtype: torch.dtype, cold_bytes: int) -> dict[int, Probe]:

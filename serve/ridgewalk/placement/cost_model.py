@@ -78,11 +78,13 @@ class CostModel:
         self.element_bytes = DTYPE_BYTES[spec.dtype]
         self._keeps_fp8 = hardware.keeps_fp8 and kept_block(spec, True) is not None
         product_dtype = "float8" if self._keeps_fp8 else spec.dtype
-        self._rate = hardware.flops[product_dtype] * hardware.flops_efficiency
+        rate = hardware.flops[product_dtype] * hardware.flops_efficiency
         self._attention_rate = hardware.flops[spec.dtype] * hardware.flops_efficiency
         self._bandwidth = hardware.memory_bandwidth * hardware.bandwidth_efficiency
         self._ep = mesh.dp * mesh.tp if mesh.expert_parallel else 1
-        self._products = _by_rows(hardware.product_shares.get(product_dtype, {}))
+        shares, experts = hardware.product_shares.get(product_dtype), hardware.expert_flops.get(product_dtype)
+        self._products = ProductTimes(rate, {rows: share * rate for rows, share in (shares or {}).items()})
+        self._expert_products = ProductTimes(rate, experts) if experts else None
         self._describe_attention()
         self._busiest = greatest_of_normals(self._ep)
         meeting = greatest_of_normals(max(mesh.tp, self._ep if spec.moe else 1))
@@ -110,8 +112,8 @@ class CostModel:
         hardware, mesh = self.hardware, self.mesh
         tokens = max(group.num_tokens for group in groups)
         reading = stage.weight_bytes / self._bandwidth
-        computing = self._product_s(stage.flops_per_token, tokens)
-        computing += self._product_s(stage.head_flops, max(group.num_sequences for group in groups))
+        computing = self._products.seconds(stage.flops_per_token, tokens)
+        computing += self._products.seconds(stage.head_flops, max(group.num_sequences for group in groups))
         weights, products = (reading, 0.0) if reading >= computing else (0.0, computing)
         if stage.num_sparse:
             reading, computing = self._expert_times(stage, sum(group.num_tokens for group in groups))
@@ -160,15 +162,15 @@ class CostModel:
         touched = min(stage.slots, touched + self._busiest * math.sqrt(touched * untouched))
         rows = tokens * moe.top_k / self._ep
         rows += self._busiest * math.sqrt(rows)
-        reading = stage.num_sparse * touched * stage.expert_bytes * self._expert_stretch / self._bandwidth
         alike = max(1.0, touched)  # products of as many rows each
-        return reading, stage.num_sparse * alike * self._product_s(stage.expert_flops, rows / alike)
-
-    def _product_s(self, flops_per_row: float, rows: float) -> float:
-        """Seconds of products of so many rows, at the rate that the hardware reaches with as many."""
-        if not rows:
-            return 0.0
-        return flops_per_row * (rows if self._products is None else self._products.at(rows)) / self._rate
+        if self._expert_products is not None:  # measured: one row takes what reading takes
+            stretched = stage.num_sparse * self._expert_stretch
+            reading = touched * self._expert_products.seconds(stage.expert_flops, 1.0)
+            computing = alike * self._expert_products.seconds(stage.expert_flops, rows / alike)
+            return stretched * reading, stretched * computing
+        # By roofline: where the arithmetic decides, some tiles compute while others get going.
+        reading = stage.num_sparse * touched * stage.expert_bytes * self._expert_stretch / self._bandwidth
+        return reading, stage.num_sparse * alike * self._products.seconds(stage.expert_flops, rows / alike)
 
     def _describe_attention(self) -> None:
         """Rates of attention, where the hardware has measured ones: that of reading KV depends on its reuse."""
@@ -182,17 +184,11 @@ class CostModel:
             self._kv_bandwidth = 1 / per_byte.at(spec.num_heads_per_rank(tp) / spec.num_kv_heads_per_rank(tp))
 
     def _stretch_of_experts(self) -> float:
-        """How much longer reading an expert takes because its kernels must get going, above all in narrow slices.
-
-        Each tile of a product runs along its input columns with a few loads ahead, and computes nothing until the first
-        has come: K columns take the time of K + `HardwareSpec.expert_fill`. Gate and up, two thirds of the weights, run
-        along the hidden size; down runs along this rank's slice of the intermediate one.
-        """
         if self.spec.moe is None:
             return 1.0
         slices = 1 if self.mesh.expert_parallel else self.mesh.tp
-        fill = self.hardware.expert_fill
-        return 1 + fill / 3 * (2 / self.spec.hidden_size + slices / self.spec.moe.intermediate_size)
+        inner_size = self.spec.moe.intermediate_size / slices
+        return expert_stretch(self.hardware.expert_fill, self.spec.hidden_size, inner_size)
 
     def _describe_stages(self) -> list[_Stage]:
         spec, mesh = self.spec, self.mesh
@@ -234,9 +230,30 @@ class CostModel:
         return heads * (2 * (mla.latent_dim + mla.kv_lora_rank) if mla else 4 * self.spec.head_dim)
 
 
-def _by_rows(shares: Mapping[int, float]) -> MeasuredCurve | None:
-    """Rows at full rate that take the time of so many; None where every product has the full rate."""
-    return MeasuredCurve.of({rows: rows / share for rows, share in shares.items()}) if shares else None
+class ProductTimes:
+    """Seconds of products with weights, by the rows of each."""
+
+    def __init__(self, rate: float, measured: Mapping[int, float]) -> None:
+        """Take rates in FLOP/s: ``measured`` by rows; ``rate`` at any number of rows, where there are none."""
+        self._rate = rate
+        spent = {rows: rows / reached for rows, reached in measured.items()}
+        self._curve = MeasuredCurve.of(spent) if spent else None
+
+    def seconds(self, flops_per_row: float, rows: float) -> float:
+        """Of one product, or of several that have as many rows each."""
+        if not rows:
+            return 0.0
+        return flops_per_row * (rows / self._rate if self._curve is None else self._curve.at(rows))
+
+
+def expert_stretch(fill: float, hidden_size: int, inner_size: float) -> float:
+    """How much longer an expert takes because its kernels must get going, above all in narrow slices.
+
+    Each tile of a product runs along its input columns with a few loads ahead, and computes nothing until the first has
+    come: K columns take the time of K + `HardwareSpec.expert_fill`. Gate and up, two thirds of the weights, run along
+    the hidden size; down runs along the intermediate size, or a rank's slice of it.
+    """
+    return 1 + fill / 3 * (2 / hidden_size + 1 / inner_size)
 
 
 def greatest_of_normals(count: int) -> float:

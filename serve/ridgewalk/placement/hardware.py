@@ -47,7 +47,9 @@ class RankRates(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
     value_overhead_s: _NotNegative
     step_overhead_s: _NotNegative
     sequence_overhead_s: _NotNegative
-    sparse_layer_overhead_s: _NotNegative | None = None  # None: as the whole machine's
+    sparse_layer_overhead_s: _NotNegative | None = None  # None, here and below: as the whole machine's
+    expert_flops: dict[str, dict[int, _Positive]] | None = None
+    expert_fill: _NotNegative | None = None
 
 
 class HardwareSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -76,6 +78,8 @@ class HardwareSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     # What `ridgewalk calibrate` adds: where kernels are far from the roofline, and ranks are not alone on a machine.
     all_to_all: Link | None = None  # within a node; None: as any collective
     product_shares: dict[str, dict[int, _Share]] = {}  # of `flops`, by dtype and rows of the product; none: all
+    expert_flops: dict[str, dict[int, _Positive]] = {}  # FLOP/s of experts without `expert_fill`, by dtype and rows of
+    # each; none: as any product
     attention_bandwidth: dict[str, dict[int, _Positive]] = {}  # bytes/s of KV that decode reads, by dtype and query
     # heads per KV head; none: the memory's
     attention_flops: dict[str, _Positive] = {}  # FLOP/s of attention of a prompt; none: as products
