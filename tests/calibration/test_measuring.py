@@ -25,7 +25,7 @@ from ridgewalk.calibration.kernel_probes import (
     expert_fill,
 )
 from ridgewalk.calibration.overheads import fit_overheads, fit_wait_s, left_per_layer_s, predicted_s
-from ridgewalk.calibration.rank_probes import measure_rank
+from ridgewalk.calibration.rank_probes import mean_beyond_medians, measure_rank
 from ridgewalk.calibration.rank_team import RankTeam, TeamTask
 from ridgewalk.calibration.run import MAX_PROCESSES, in_parts, rank_counts
 from ridgewalk.calibration.stopwatch import Effort, Stopwatch, lower_quartile
@@ -105,6 +105,12 @@ def test_what_ranks_straggle_is_what_computing_takes_longer_with_a_collective_af
     rates = measure_collectives(pair, Told(pair, BRIEF), list)
     assert rates is not None
     assert (rates.all_reduce_latency_s, rates.all_to_all_latency_s, rates.straggle) == pytest.approx((1e-4, 3e-4, 0.3))
+
+
+def test_interruptions_are_what_samples_of_all_figures_exceed_their_medians_by() -> None:
+    even, interrupted = [2.0, 2.0, 2.0, 2.0], [1.0, 1.0, 1.0, 1.8]
+    assert mean_beyond_medians([even, interrupted]) == pytest.approx(0.1)
+    assert mean_beyond_medians([[1.0, 2.0, 2.0]]) == 0.0
 
 
 def test_a_team_of_ranks_measures_together(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ FEW_ROWS, MANY_ROWS = 2, 512
 
 FEW_BYTES, MANY_BYTES = 2 * WIDTH * FEW_ROWS, 2 * WIDTH * MANY_ROWS
 
-CALLS, COMPUTING_CALLS = 64, 6
+CALLS, COMPUTING_CALLS = 64, 64
 """In a row, as a sample: of collectives alone, and of products between them."""
 
 

@@ -38,9 +38,10 @@ HOW: Mapping[str, str] = {
     "models than alone, as ranks wait for each other",
     "all_to_all": "the same of an all-to-all in equal parts, counted as (n - 1) / n; in latency_s also what dispatch "
     "and combine take longer in decode steps of a small sparse model, sorting of rows by rank included",
-    "straggle": "of what ranks compute between two collectives, by how much the last is behind a rank alone: products "
-    "of 32 rows with an all-reduce after each",
-    "bandwidth_efficiency": "rates above are those reached",
+    "straggle": "of what ranks compute between two collectives, by how much the last is behind a rank alone, in the "
+    "mean: products of 32 rows with an all-reduce after each",
+    "bandwidth_efficiency": "rates above are those reached: medians over the turns, slower by what samples of all of "
+    "them together exceed their medians by in the mean, as cores are taken away now and then",
     "flops_efficiency": "likewise",
     "link_efficiency": "likewise",
     "stage_overhead_s": "seconds; as an exchange of few bytes, for stages hand over through the same memory",

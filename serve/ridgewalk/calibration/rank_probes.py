@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterable
-from statistics import median
+from collections.abc import Iterable, Sequence
+from statistics import fmean, median
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -28,7 +28,12 @@ if TYPE_CHECKING:
 def measure_rank(
     task: TeamTask, turns: Iterable[object], ranks: Communicator, library: ctypes.CDLL | None
 ) -> RankFigures:
-    """Measures everything once a turn. Figures are medians: what disturbs a machine for seconds disturbs one turn."""
+    """Measures everything once a turn.
+
+    Figures are medians over the turns, for one has too few samples to tell what now and then takes a core away. All of
+    them together do tell it, and throughput is made of the slow moments too: each is slower by what all samples exceed
+    their medians by, in the mean.
+    """
     stopwatch = Stopwatch(ranks, Effort(task.samples, task.sample_s))
     probes = {}
     for name in task.dtypes:
@@ -45,16 +50,26 @@ def measure_rank(
         compute = probes[task.dtypes[0]][BETWEEN_COLLECTIVES].call
         if (rates := measure_collectives(ranks, stopwatch, compute)) is not None:
             collectives.append(rates)
+    typical_s = {key: median(samples) for key, samples in seconds.items()}
+    interruptions = mean_beyond_medians(list(seconds.values()))
     kernels_by_dtype = {
         name: kernel_rates(
-            {key: probe.amount / median(seconds[name, key]) for key, probe in some.items()}, getattr(torch, name)
+            {key: probe.amount / (typical_s[name, key] * (1 + interruptions)) for key, probe in some.items()},
+            getattr(torch, name),
         )
         for name, some in probes.items()
     }
-    return RankFigures(kernels_by_dtype, _median(collectives))
+    return RankFigures(kernels_by_dtype, _over_turns(collectives))
 
 
-def _median(passes: list[CollectiveRates]) -> CollectiveRates | None:
+def mean_beyond_medians(figures: Sequence[Sequence[float]]) -> float:
+    """By what share samples exceed the median of their figure, the mean over all of them; not negative."""
+    return max(0.0, fmean(sample / middle - 1 for each in figures for middle in [median(each)] for sample in each))
+
+
+def _over_turns(passes: list[CollectiveRates]) -> CollectiveRates | None:
+    """Medians, but for straggling: that a core is taken away now and then is what ranks wait for most."""
     if not passes:
         return None
-    return CollectiveRates(*map(median, zip(*map(msgspec.structs.astuple, passes), strict=True)))
+    typical = CollectiveRates(*map(median, zip(*map(msgspec.structs.astuple, passes), strict=True)))
+    return msgspec.structs.replace(typical, straggle=fmean(each.straggle for each in passes))
