@@ -8,9 +8,14 @@ import msgspec
 import pytest
 import yaml
 
+from ridgewalk.calibration.engine_probe import StepsTask, small_shape
 from ridgewalk.calibration.figures import CollectiveRates, KernelRates, Overheads, RankFigures
-from ridgewalk.calibration.hardware_file import HOW, as_yaml, hardware_spec, rank_rates
+from ridgewalk.calibration.hardware_file import HOW, as_yaml, expert_fill, hardware_spec, rank_rates
+from ridgewalk.calibration.kernel_probes import EXPERT_HIDDEN, EXPERT_INNER, SLICES
+from ridgewalk.placement.cost_model import CostModel, GroupLoad, expert_stretch
 from ridgewalk.placement.hardware import HardwareSpec, find_hardware
+from ridgewalk.placement.mesh import Mesh
+from ridgewalk.placement.model_spec import ModelSpec
 
 COLLECTIVES = CollectiveRates(4e-6, 3e9, 1e-5, 7e9, 0.04)
 OVERHEADS = Overheads(step_s=1e-3, sequence_s=2e-6, layer_s=3e-5)
@@ -24,7 +29,7 @@ def figures(factor: float = 1.0, alone: bool = True) -> RankFigures:
         attention_flops=25e9 * factor,
         latent_attention_flops=30e9 * factor,
         expert_flops={1: 18e9 * factor, 8: 42e9 * factor},
-        expert_fill=40.0,
+        sliced_expert_flops={8: 35e9 * factor},
         value_s=1e-8 / factor,
     )
     return RankFigures({"bfloat16": rates, "float32": rates}, None if alone else COLLECTIVES)
@@ -87,6 +92,43 @@ def test_one_replica_of_several_ranks_has_one_scheduler() -> None:
     assert (one.step_overhead_s, one.sequence_overhead_s, one.layer_overhead_s) == (1e-3, 2e-6, 8e-5)
     assert (two.step_overhead_s, two.sequence_overhead_s, two.layer_overhead_s) == (3e-3, 9e-6, 8e-5)
     assert one.memory_bandwidth == two.memory_bandwidth
+
+
+@pytest.mark.parametrize("fill", [0.0, 3.0, 40.0, 380.0])
+def test_what_experts_take_to_get_going_is_what_their_slices_are_slower_by(fill: float) -> None:
+    whole, sliced = (expert_stretch(fill, EXPERT_HIDDEN, inner) for inner in (EXPERT_INNER, EXPERT_INNER / SLICES))
+    assert expert_fill(sliced / whole) == pytest.approx(fill)
+
+
+@pytest.mark.parametrize("slower", [0.9, 2.5, 10.0])
+def test_slices_faster_than_whole_experts_or_slower_than_any_fill_makes_them_give_a_finite_one(slower: float) -> None:
+    assert 0 <= expert_fill(slower) < 1000
+
+
+def test_the_cost_model_gives_back_what_experts_took_of_every_dtype() -> None:
+    """Ranks and dtypes whose slices are slower by different shares, or faster."""
+    ranks = [figures(0.9, alone=False), figures(1.1, alone=False)]
+    slower = [{8: 30e9}, {8: 20e9}]
+    kernels = [
+        {
+            "bfloat16": msgspec.structs.replace(rank.kernels["bfloat16"], sliced_expert_flops=sliced),
+            "float32": msgspec.structs.replace(rank.kernels["float32"], sliced_expert_flops={8: 60e9}),
+        }
+        for rank, sliced in zip(ranks, slower, strict=True)
+    ]
+    ranks = [msgspec.structs.replace(rank, kernels=each) for rank, each in zip(ranks, kernels, strict=True)]
+    hardware = hardware_spec("", 1, 1.0, 0, {2: rank_rates(ranks, OVERHEADS)}, [COLLECTIVES])
+    assert hardware.expert_fill > 0
+    for dtype in ("bfloat16", "float32"):
+        shape = small_shape(StepsTask(1, 2, Mesh(), (1,), 1, sparse=True))
+        shape |= {"hidden_size": EXPERT_HIDDEN, "moe_intermediate_size": EXPERT_INNER, "num_experts": 4, "dtype": dtype}
+        spec = ModelSpec.from_config(shape)
+        fast = msgspec.structs.replace(hardware, expert_flops={dtype: {1: 1e30}})
+        took, rest = (
+            sum(CostModel(spec, Mesh(), each).stage_times([GroupLoad(8, 0, 0, 0)])[0][:2]) for each in (hardware, fast)
+        )
+        flops = 4 * 8 * 6 * EXPERT_HIDDEN * EXPERT_INNER
+        assert took - rest == pytest.approx(flops / 42e9, rel=1e-3)  # the mean of the ranks
 
 
 def test_a_machine_of_one_core_has_no_links() -> None:

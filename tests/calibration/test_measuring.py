@@ -4,46 +4,37 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import msgspec
 import pytest
 import torch
 
+from ridgewalk.calibration import kernel_probes, rank_probes
 from ridgewalk.calibration.collective_probes import measure_collectives
 from ridgewalk.calibration.engine_probe import EngineTeam, StepPoint, StepsTask
 from ridgewalk.calibration.figures import CollectiveRates
 from ridgewalk.calibration.hardware_file import with_waits
-from ridgewalk.calibration.kernel_probes import (
-    EXPERT_HIDDEN,
-    EXPERT_INNER,
-    EXPERT_ROWS,
-    QUERY_HEADS,
-    ROWS,
-    SLICED_INNER,
-    expert_fill,
-)
+from ridgewalk.calibration.kernel_probes import EXPERT_ROWS, QUERY_HEADS, ROWS, SLICED_ROWS
 from ridgewalk.calibration.overheads import fit_overheads, fit_wait_s, left_per_layer_s, predicted_s
-from ridgewalk.calibration.rank_probes import mean_beyond_medians, measure_rank
+from ridgewalk.calibration.rank_probes import measure_rank, over_turns
 from ridgewalk.calibration.rank_team import RankTeam, TeamTask
 from ridgewalk.calibration.run import MAX_PROCESSES, in_parts, rank_counts
-from ridgewalk.calibration.stopwatch import Effort, Stopwatch, lower_quartile
+from ridgewalk.calibration.stopwatch import Sample, Stopwatch, interruptions
 from ridgewalk.calibration.team import CalibrationError, Team, Turns
 from ridgewalk.kernels.build import load_library
 from ridgewalk.parallel.communicator import Communicator
-from ridgewalk.placement.cost_model import expert_stretch
 from ridgewalk.placement.mesh import Mesh
 from tests.calibration.test_hardware_file import machine
 from tests.parallel.ranks import run_threads
 
-BRIEF = Effort(samples=2, sample_s=0.0)
 ONE_RANK = Mesh()
 
 
 @pytest.mark.parametrize("name", ["bfloat16", "float32"])
 def test_every_rate_of_the_kernels_is_measured(name: str) -> None:
-    task = TeamTask(1, 1, (name,), samples=1, sample_s=0.0, cold_bytes=0)
+    task = TeamTask(1, 1, (name,), sample_s=0.0, cold_bytes=0)
     found = measure_rank(task, range(2), Communicator(0, 1, None), load_library())
     rates, itemsize = found.kernels[name], getattr(torch, name).itemsize
     assert found.collectives is None
@@ -51,10 +42,11 @@ def test_every_rate_of_the_kernels_is_measured(name: str) -> None:
     assert tuple(rates.attention_bandwidth) == QUERY_HEADS
     assert rates.weight_bandwidth == pytest.approx(rates.product_flops[1] * itemsize / 2)
     assert tuple(rates.expert_flops) == EXPERT_ROWS
-    assert rates.expert_fill >= 0
+    assert tuple(rates.sliced_expert_flops) == SLICED_ROWS
     measured = (
         *rates.product_flops.values(),
         *rates.expert_flops.values(),
+        *rates.sliced_expert_flops.values(),
         *rates.attention_bandwidth.values(),
         rates.attention_flops,
         rates.value_s,
@@ -62,22 +54,9 @@ def test_every_rate_of_the_kernels_is_measured(name: str) -> None:
     assert min(*measured, rates.latent_attention_flops) > 0
 
 
-@pytest.mark.parametrize("fill", [0.0, 3.0, 40.0, 380.0])
-def test_what_an_experts_products_take_to_get_going_is_what_slices_are_slower_by(fill: float) -> None:
-    whole, sliced = (1e9 / expert_stretch(fill, EXPERT_HIDDEN, inner) for inner in (EXPERT_INNER, SLICED_INNER))
-    assert expert_fill(whole, sliced) == pytest.approx(fill)
-
-
-@pytest.mark.parametrize(("whole", "sliced"), [(1e9, 1.1e9), (1e9, 1e8), (1e9, 0.4e9)])
-def test_slices_faster_than_whole_experts_or_slower_than_any_fill_could_make_them_give_a_finite_one(
-    whole: float, sliced: float
-) -> None:
-    assert 0 <= expert_fill(whole, sliced) < 1000
-
-
 def test_collectives_are_measured_among_ranks_and_not_by_one_alone(tmp_path: Path) -> None:
     def work(groups, rank):
-        return measure_collectives(groups.tp, Stopwatch(groups.tp, BRIEF), lambda: sum(range(1000)))
+        return measure_collectives(groups.tp, Stopwatch(groups.tp, 0.0), lambda: sum(range(1000)))
 
     found = run_threads(work, Mesh(2), tmp_path)
     assert len(found) == 2
@@ -85,7 +64,7 @@ def test_collectives_are_measured_among_ranks_and_not_by_one_alone(tmp_path: Pat
         assert isinstance(rates, CollectiveRates), rates
         assert min(msgspec.structs.astuple(rates)[:-1]) > 0
     alone = Communicator(0, 1, None)
-    assert measure_collectives(alone, Stopwatch(alone, BRIEF), list) is None
+    assert measure_collectives(alone, Stopwatch(alone, 0.0), list) is None
 
 
 def test_what_ranks_straggle_is_what_computing_takes_longer_with_a_collective_after_it() -> None:
@@ -102,19 +81,48 @@ def test_what_ranks_straggle_is_what_computing_takes_longer_with_a_collective_af
             return 1.4e-3, 1e-3
 
     pair = Communicator(0, 2, None)
-    rates = measure_collectives(pair, Told(pair, BRIEF), list)
+    rates = measure_collectives(pair, Told(pair, 0.0), list)
     assert rates is not None
     assert (rates.all_reduce_latency_s, rates.all_to_all_latency_s, rates.straggle) == pytest.approx((1e-4, 3e-4, 0.3))
 
 
-def test_interruptions_are_what_samples_of_all_figures_exceed_their_medians_by() -> None:
-    even, interrupted = [2.0, 2.0, 2.0, 2.0], [1.0, 1.0, 1.0, 1.8]
-    assert mean_beyond_medians([even, interrupted]) == pytest.approx(0.1)
-    assert mean_beyond_medians([[1.0, 2.0, 2.0]]) == 0.0
+def test_interruptions_are_what_calls_take_longer_in_the_mean_than_in_the_median() -> None:
+    usual, interrupted = Sample(8.0, 8), Sample(12.0, 2)  # a call that took ten times as long ended the sample
+    assert interruptions([[usual] * 10]) == 0.0
+    assert interruptions([[usual] * 9 + [interrupted]]) == pytest.approx((84 / 74) - 1)
+    assert interruptions([[usual] * 9 + [interrupted], [usual] * 10]) == pytest.approx((84 / 74 - 1) / 2)
+    assert interruptions([[Sample(1.0, 2), usual, usual]]) == 0.0
+
+
+def test_rates_are_slower_by_the_interruptions_of_all_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stopwatch for which a call takes 1 ms, but in one turn of four twice as long."""
+
+    class Told(Stopwatch):
+        def sample(self, call: Callable[[], object]) -> Sample:
+            return Sample(8e-3, 4 if now == [2] else 8)
+
+    def turns() -> Iterator[None]:
+        for now[0] in range(4):
+            yield
+
+    now = [0]
+    monkeypatch.setattr(rank_probes, "Stopwatch", Told)
+    task = TeamTask(1, 1, ("float32",), sample_s=0.0, cold_bytes=0)
+    found = measure_rank(task, turns(), Communicator(0, 1, None), load_library()).kernels["float32"]
+    one_row_flops = 4 * kernel_probes.SIDE**2
+    assert found.product_flops[1] == pytest.approx(one_row_flops / 1e-3 / (32 / 28))
+
+
+def test_collectives_are_typical_of_the_turns_but_straggling_is_their_mean() -> None:
+    turns = [CollectiveRates(1e-6 * at, 1e9, 1e-5, 1e9, 0.02 if at < 4 else 0.42) for at in range(1, 5)]
+    found = over_turns(turns)
+    assert found is not None
+    assert (found.all_reduce_latency_s, found.straggle) == pytest.approx((2.5e-6, 0.12))
+    assert over_turns([]) is None
 
 
 def test_a_team_of_ranks_measures_together(tmp_path: Path) -> None:
-    with RankTeam(TeamTask(2, 1, ("float32",), samples=1, sample_s=0.0, cold_bytes=0), tmp_path) as team:
+    with RankTeam(TeamTask(2, 1, ("float32",), sample_s=0.0, cold_bytes=0), tmp_path) as team:
         team.turn()
         team.finish()
     assert [set(rank.kernels) for rank in team.figures()] == [{"float32"}] * 2
@@ -246,7 +254,3 @@ def test_waiting_is_what_steps_of_ranks_in_lockstep_take_beyond_their_overheads(
 
 def test_ranks_are_counted_in_powers_of_two_up_to_the_cores() -> None:
     assert [rank_counts(cores) for cores in (1, 2, 6, 8)] == [[1], [1, 2], [1, 2, 4, 6], [1, 2, 4, 8]]
-
-
-def test_one_disturbed_sample_changes_nothing() -> None:
-    assert lower_quartile([1.0, 1.1, 1.2, 90.0]) == lower_quartile([1.0, 1.1, 1.2, 1.3])

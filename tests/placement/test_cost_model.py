@@ -192,13 +192,27 @@ def test_every_overhead_is_in_the_total(constant: str) -> None:
 def test_products_of_few_rows_take_what_was_measured_for_so_many() -> None:
     spec = shipped("llama-3.1-8b")
     slow = msgspec.structs.replace(ideal(), product_shares={"bfloat16": {1: 0.001, 64: 0.5, 1024: 1.0}})
-    one, many, between = (
-        CostModel(spec, Mesh(), slow).stage_times([GroupLoad(rows, rows, 0, 0)])[0].products for rows in (1, 1024, 544)
-    )
+    times = [CostModel(spec, Mesh(), slow).stage_times([GroupLoad(rows, rows, 0, 0)])[0] for rows in (1, 1024, 544)]
+    one, many, between = (time.weights + time.products for time in times)
     whole = CostModel(spec, Mesh(), ideal()).stage_times([GroupLoad(1024, 1024, 0, 0)])[0].products
     assert one == pytest.approx(whole / 1024 / 0.001)
     assert many == pytest.approx(whole)
     assert between == pytest.approx(whole / 1024 * (64 / 0.5 + 1024) / 2)
+
+
+def test_of_measured_products_what_one_row_takes_is_reading() -> None:
+    """Weights are read once; what more rows take beyond it is computing."""
+    spec, shares = shipped("mixtral-8x7b"), {"bfloat16": {1: 1e-3, 64: 5e-2}}
+    bandwidth = 989e12 * 1e-3  # bytes/s that one row reads: two FLOPs for each weight of two bytes
+    measured = msgspec.structs.replace(
+        ideal(), product_shares=shares, memory_bandwidth=bandwidth, expert_flops={"bfloat16": {1: 989e9, 64: 49e12}}
+    )
+    one, many = (CostModel(spec, ALONE, measured).stage_times([GroupLoad(n, n, 0, 0)])[0] for n in (1, 512))
+    read = (spec.num_parameters - _tables(spec) / 2) * 2 / bandwidth
+    assert one.products == pytest.approx(0, abs=1e-3 * one.weights)
+    assert many.weights == pytest.approx(read, rel=1e-2)
+    assert many.weights > one.weights
+    assert many.products > 0
 
 
 def test_rows_of_an_expert_are_those_that_meet_there() -> None:
@@ -207,7 +221,7 @@ def test_rows_of_an_expert_are_those_that_meet_there() -> None:
     slow = msgspec.structs.replace(ideal(), product_shares=shares)
     assert spec.moe is not None
     times = [CostModel(spec, Mesh(), each).stage_times([GroupLoad(512, 0, 0, 0)])[0] for each in (ideal(), slow)]
-    assert times[1].products == pytest.approx(
+    assert times[1].weights + times[1].products == pytest.approx(
         100 * 512 * 2 * (spec.active_parameters - _tables(spec)) / 989e12, rel=1e-2
     )
 

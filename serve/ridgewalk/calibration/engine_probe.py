@@ -6,7 +6,7 @@ import time
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from statistics import fmean, median
+from statistics import fmean
 from typing import Any
 
 import msgspec
@@ -112,7 +112,7 @@ class EngineTeam(Team):
         self.num_processes = task.replicas + task.num_ranks
 
     def points(self) -> list[StepPoint]:
-        """Time of a decode step of each batch: the median over turns, the mean over replicas. When it has finished."""
+        """Time of a decode step of each batch: the mean over turns and replicas. When it has finished."""
         found = [msgspec.msgpack.decode(each, type=list[StepPoint]) for each in self.told]
         return [
             msgspec.structs.replace(same[0], seconds=fmean(point.seconds for point in same))
@@ -132,7 +132,7 @@ def _run_engine(turns: Turns, task: StepsTask, model: str) -> None:
             task,
             batch,
             PROMPT + task.num_steps / 2,
-            median(seconds for measured, seconds in times if measured == batch),
+            fmean(seconds for measured, seconds in times if measured == batch),
         )
         for batch in task.batches
     ]

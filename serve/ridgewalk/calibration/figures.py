@@ -14,7 +14,7 @@ class KernelRates(msgspec.Struct, frozen=True):
     attention_flops: float  # FLOP/s of attention of prompts
     latent_attention_flops: float  # FLOP/s of decode over latents
     expert_flops: dict[int, float]  # FLOP/s of a sparse layer's experts, by rows of each
-    expert_fill: float  # input columns whose time each product of an expert takes beside its own
+    sliced_expert_flops: dict[int, float]  # the same of experts that are split among ranks
     value_s: float  # seconds of norms, rotation and activation of a layer, for each value of a token's hidden state
 
 

@@ -9,7 +9,8 @@ from typing import Any
 import msgspec
 
 from ridgewalk.calibration import collective_probes, engine_probe, kernel_probes
-from ridgewalk.calibration.figures import CollectiveRates, Overheads, RankFigures
+from ridgewalk.calibration.figures import CollectiveRates, KernelRates, Overheads, RankFigures
+from ridgewalk.placement.cost_model import expert_stretch
 from ridgewalk.placement.hardware import HardwareSpec, Link, RankRates
 
 NO_OVERHEADS = Overheads(0.0, 0.0, 0.0)
@@ -22,10 +23,11 @@ HOW: Mapping[str, str] = {
     "flops": f"FLOP/s of one rank by dtype, while all compute: {2 * kernel_probes.SIDE} x {kernel_probes.SIDE} weights "
     "times the number of rows that is fastest",
     "product_shares": "of flops, reached with so many rows; weights are read from memory each time",
-    "expert_flops": f"FLOP/s of {kernel_probes.EXPERTS} experts, by dtype and rows of each, while all compute: hidden "
-    f"{kernel_probes.EXPERT_HIDDEN}, {kernel_probes.EXPERT_INNER} inner columns, without what the next takes of it",
-    "expert_fill": "input columns whose time each product of an expert takes beside its own: how much slower experts "
-    f"of {kernel_probes.SLICED_INNER} inner columns are",
+    "expert_flops": f"FLOP/s of up to {kernel_probes.EXPERTS} experts, by dtype and rows of each, while all compute: "
+    f"hidden {kernel_probes.EXPERT_HIDDEN}, {kernel_probes.EXPERT_INNER} inner columns, without what expert_fill takes",
+    "expert_fill": "input columns whose time each product of an expert takes beside its own: by how much experts of "
+    f"{kernel_probes.EXPERT_INNER // kernel_probes.SLICES} inner columns are slower, the mean over dtypes and "
+    f"{' and '.join(map(str, kernel_probes.SLICED_ROWS))} rows",
     "attention_bandwidth": "bytes/s of KV that one rank reads in decode, while all do, by query heads per KV head: "
     f"{kernel_probes.SEQUENCES} sequences of {kernel_probes.CONTEXT} tokens, {kernel_probes.KV_HEADS} KV heads of "
     f"{kernel_probes.HEAD_DIM}",
@@ -40,10 +42,10 @@ HOW: Mapping[str, str] = {
     "and combine take longer in decode steps of a small sparse model, sorting of rows by rank included",
     "straggle": "of what ranks compute between two collectives, by how much the last is behind a rank alone, in the "
     "mean: products of 32 rows with an all-reduce after each",
-    "bandwidth_efficiency": "rates above are those reached: medians over the turns, slower by what samples of all of "
-    "them together exceed their medians by in the mean, as cores are taken away now and then",
+    "bandwidth_efficiency": "rates are those reached: medians over the turns, slower by what calls of all kinds take "
+    "longer in the mean than in the median, as cores are taken away now and then",
     "flops_efficiency": "likewise",
-    "link_efficiency": "likewise",
+    "link_efficiency": "links are those measured: medians over the turns",
     "stage_overhead_s": "seconds; as an exchange of few bytes, for stages hand over through the same memory",
     "value_overhead_s": "seconds of a layer for each value of a token's hidden state: two norms, rotation, activation, "
     f"of {kernel_probes.TOKENS} tokens of {kernel_probes.SIDE}",
@@ -67,6 +69,7 @@ def rank_rates(figures: Sequence[RankFigures], overheads: Overheads) -> RankRate
     dtypes = {
         dtype: [rank.kernels[dtype] for rank in figures] for dtype in figures[0].kernels
     }  # fmt: skip
+    expert_flops, fill = _experts(dtypes)
     by_rows = {dtype: _mean([rank.product_flops for rank in ranks]) for dtype, ranks in dtypes.items()}
     return RankRates(
         memory_bandwidth=max(fmean(rank.weight_bandwidth for rank in ranks) for ranks in dtypes.values()),
@@ -75,8 +78,8 @@ def rank_rates(figures: Sequence[RankFigures], overheads: Overheads) -> RankRate
             dtype: {rows: rate / max(rates.values()) for rows, rate in rates.items()}
             for dtype, rates in by_rows.items()
         },
-        expert_flops={dtype: _mean([rank.expert_flops for rank in ranks]) for dtype, ranks in dtypes.items()},
-        expert_fill=fmean(rank.expert_fill for ranks in dtypes.values() for rank in ranks),
+        expert_flops=expert_flops,
+        expert_fill=fill,
         attention_bandwidth={
             dtype: _mean([rank.attention_bandwidth for rank in ranks]) for dtype, ranks in dtypes.items()
         },
@@ -90,6 +93,28 @@ def rank_rates(figures: Sequence[RankFigures], overheads: Overheads) -> RankRate
         step_overhead_s=overheads.step_s,
         sequence_overhead_s=overheads.sequence_s,
     )
+
+
+def _experts(dtypes: Mapping[str, Sequence[KernelRates]]) -> tuple[dict[str, dict[int, float]], float]:
+    """`HardwareSpec.expert_flops` and `expert_fill`: what slices are slower by, the mean over dtypes and rows."""
+    whole = {dtype: _mean([rank.expert_flops for rank in ranks]) for dtype, ranks in dtypes.items()}
+    sliced = {dtype: _mean([rank.sliced_expert_flops for rank in ranks]) for dtype, ranks in dtypes.items()}
+    fill = expert_fill(fmean(whole[dtype][rows] / rate for dtype in sliced for rows, rate in sliced[dtype].items()))
+    own = expert_stretch(fill, kernel_probes.EXPERT_HIDDEN, kernel_probes.EXPERT_INNER)
+    return {dtype: {rows: rate * own for rows, rate in rates.items()} for dtype, rates in whole.items()}, fill
+
+
+def expert_fill(slower: float) -> float:
+    """Input columns whose time each product of an expert takes beside its own.
+
+    Args:
+        slower: FLOP/s of the probe's experts over those of its slices. A fill f makes experts take 1 + a f, and their
+            slices 1 + b f; limited to half of what would make it all fill.
+    """
+    hidden, inner = kernel_probes.EXPERT_HIDDEN, kernel_probes.EXPERT_INNER
+    a, b = expert_stretch(1.0, hidden, inner) - 1, expert_stretch(1.0, hidden, inner / kernel_probes.SLICES) - 1
+    slower = min(slower, (1 + b / a) / 2)
+    return max(0.0, (slower - 1) / (b - slower * a))
 
 
 def _mean(curves: Sequence[Mapping[int, float]]) -> dict[int, float]:

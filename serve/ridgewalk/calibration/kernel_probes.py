@@ -1,4 +1,6 @@
-"""What one rank reaches with the engine's own kernels: products by rows, and experts, attention over a KV cache."""
+"""What one rank reaches with the engine's own kernels: products and experts by rows, and attention over a KV
+cache.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,6 @@ import torch
 
 from ridgewalk.calibration.figures import KernelRates
 from ridgewalk.kernels.kernel_set import HeadLayout, KernelSet, Matrix
-from ridgewalk.placement.cost_model import expert_stretch
 
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 QUERY_HEADS = (1, 2, 4, 8)
@@ -28,11 +29,13 @@ Beside a time for each weight a call has one of its own: with two threads, 14 us
 """
 
 EXPERTS, EXPERT_HIDDEN, EXPERT_INNER = 32, 512, 256
-EXPERT_ROWS = (1, 2, 4, 8, 32, 128)
+EXPERT_ROWS = (1, 2, 4, 8, 16, 64)
 """Of each expert."""
 
-SLICED_INNER, SLICED_ROWS = 64, 4
-"""Inner columns of an expert that is split among ranks, and rows of each."""
+SLICES, SLICED_ROWS = 4, (4, 16)
+"""Ranks that an expert is split among, and rows of each. There are as many more experts, so that bytes are the same."""
+
+LEAST_EXPERTS = 8
 
 KV_HEADS, HEAD_DIM, BLOCK_SIZE = 4, 64, 16
 SEQUENCES, CONTEXT = 16, 512
@@ -53,7 +56,8 @@ def make_probes(kernels: KernelSet, dtype: torch.dtype, cold_bytes: int = COLD_B
     """By name, as `kernel_rates` knows them."""
     products = {f"product {rows}": probe for rows, probe in _products(kernels, dtype, cold_bytes).items()}
     experts = {f"experts {rows}": probe for rows, probe in _experts(kernels, dtype, cold_bytes).items()}
-    experts["sliced experts"] = _experts(kernels, dtype, cold_bytes, SLICED_INNER, (SLICED_ROWS,))[SLICED_ROWS]
+    sliced = _experts(kernels, dtype, cold_bytes, SLICES, SLICED_ROWS)
+    experts |= {f"sliced experts {rows}": probe for rows, probe in sliced.items()}
     decodes = {f"decode {heads}": probe for heads, probe in _decodes(kernels, dtype, cold_bytes).items()}
     others = {"prompt": _prompt(kernels, dtype), "latent": _latent(kernels, dtype), "values": _values(kernels, dtype)}
     return products | experts | decodes | others
@@ -61,36 +65,23 @@ def make_probes(kernels: KernelSet, dtype: torch.dtype, cold_bytes: int = COLD_B
 
 def kernel_rates(rates: Mapping[str, float], dtype: torch.dtype) -> KernelRates:
     """From amounts a second by probe."""
-    fill = expert_fill(rates[f"experts {SLICED_ROWS}"], rates["sliced experts"])
     return KernelRates(
         weight_bandwidth=rates["product 1"] / 2 * dtype.itemsize,  # two FLOPs a weight
         product_flops={rows: rates[f"product {rows}"] for rows in ROWS},
         attention_bandwidth={heads: rates[f"decode {heads}"] for heads in QUERY_HEADS},
         attention_flops=rates["prompt"],
         latent_attention_flops=rates["latent"],
-        expert_flops={
-            rows: rates[f"experts {rows}"] * expert_stretch(fill, EXPERT_HIDDEN, EXPERT_INNER) for rows in EXPERT_ROWS
-        },
-        expert_fill=fill,
+        expert_flops={rows: rates[f"experts {rows}"] for rows in EXPERT_ROWS},
+        sliced_expert_flops={rows: rates[f"sliced experts {rows}"] for rows in SLICED_ROWS},
         value_s=1 / rates["values"],
     )
-
-
-def expert_fill(whole: float, sliced: float) -> float:
-    """`HardwareSpec.expert_fill`, from FLOP/s of experts of `EXPERT_INNER` and of `SLICED_INNER` columns.
-
-    It makes the first take 1 + a f, the second 1 + b f, of which the rates give the ratio.
-    """
-    a, b = (expert_stretch(1.0, EXPERT_HIDDEN, inner) - 1 for inner in (EXPERT_INNER, SLICED_INNER))
-    ratio = min(whole / sliced, (1 + b / a) / 2)  # at b / a it would all be fill
-    return max(0.0, (ratio - 1) / (b - ratio * a))
 
 
 def _products(kernels: KernelSet, dtype: torch.dtype, cold_bytes: int) -> dict[int, Probe]:
     """Products of so many rows with weights that no cache holds."""
     weight = torch.randn(2 * SIDE, SIDE).to(dtype)
     count = max(2, cold_bytes // (weight.numel() * weight.element_size()))
-    matrices = cycle([kernels.pack(weight) for _ in range(count)])
+    matrices = cycle([kernels.pack(weight.clone()) for _ in range(count)])  # not all sets of kernels copy
     return {rows: _product(kernels, matrices, rows, dtype) for rows in ROWS}
 
 
@@ -100,21 +91,20 @@ def _product(kernels: KernelSet, matrices: cycle[Matrix], rows: int, dtype: torc
 
 
 def _experts(
-    kernels: KernelSet,
-    dtype: torch.dtype,
-    cold_bytes: int,
-    inner: int = EXPERT_INNER,
-    rows_of_each: Sequence[int] = EXPERT_ROWS,
+    kernels: KernelSet, dtype: torch.dtype, cold_bytes: int, slices: int = 1, rows_of_each: Sequence[int] = EXPERT_ROWS
 ) -> dict[int, Probe]:
     """All experts of a layer, each with so many rows, and weights that no cache holds."""
-    hidden, parameters = EXPERT_HIDDEN, 3 * EXPERT_HIDDEN * inner
-    gate_up, down = torch.randn(EXPERTS, 2 * inner, hidden).to(dtype), torch.randn(EXPERTS, hidden, inner).to(dtype)
-    count = max(2, cold_bytes // (EXPERTS * parameters * dtype.itemsize))
-    layers = cycle([kernels.pack_experts(gate_up, down) for _ in range(count)])
+    hidden, inner = EXPERT_HIDDEN, EXPERT_INNER // slices
+    parameters = 3 * hidden * inner
+    expert_bytes = parameters * dtype.itemsize
+    num = min(EXPERTS * slices, max(LEAST_EXPERTS, cold_bytes // 2 // expert_bytes))  # two layers, where there is room
+    gate_up, down = torch.randn(num, 2 * inner, hidden).to(dtype), torch.randn(num, hidden, inner).to(dtype)
+    count = max(2, cold_bytes // (num * expert_bytes))
+    layers = cycle([kernels.pack_experts(gate_up.clone(), down.clone()) for _ in range(count)])
 
     def layer(rows: int) -> Probe:
-        x, starts = torch.randn(EXPERTS * rows, hidden).to(dtype), torch.arange(0, EXPERTS * rows + 1, rows)
-        return Probe(2.0 * EXPERTS * rows * parameters, lambda: kernels.expert_mlp(x, starts, next(layers)))
+        x, starts = torch.randn(num * rows, hidden).to(dtype), torch.arange(0, num * rows + 1, rows)
+        return Probe(2.0 * num * rows * parameters, lambda: kernels.expert_mlp(x, starts, next(layers)))
 
     return {rows: layer(rows) for rows in rows_of_each}
 

@@ -13,7 +13,7 @@ import torch
 from ridgewalk.calibration.collective_probes import measure_collectives
 from ridgewalk.calibration.figures import CollectiveRates, RankFigures
 from ridgewalk.calibration.kernel_probes import kernel_rates, make_probes
-from ridgewalk.calibration.stopwatch import Effort, Stopwatch
+from ridgewalk.calibration.stopwatch import Sample, Stopwatch, interruptions
 from ridgewalk.kernels.select import select_kernels
 from ridgewalk.parallel.communicator import Communicator
 
@@ -31,45 +31,38 @@ def measure_rank(
     """Measures everything once a turn.
 
     Figures are medians over the turns, for one has too few samples to tell what now and then takes a core away. All of
-    them together do tell it, and throughput is made of the slow moments too: each is slower by what all samples exceed
-    their medians by, in the mean.
+    them together do tell it, and throughput is made of the slow moments too: each is slower by the `interruptions`.
     """
-    stopwatch = Stopwatch(ranks, Effort(task.samples, task.sample_s))
+    stopwatch = Stopwatch(ranks, task.sample_s)
     probes = {}
     for name in task.dtypes:
         dtype = getattr(torch, name)
         kernels = select_kernels(torch.device("cpu"), library, task.num_threads, None, dtype, 16)
         torch.set_num_threads(task.num_threads if kernels.needs_torch_threads(dtype) else 1)
         probes[name] = make_probes(kernels, dtype, task.cold_bytes)
-    seconds: dict[tuple[str, str], list[float]] = {}
+    samples: dict[tuple[str, str], list[Sample]] = {}
     collectives: list[CollectiveRates] = []
     for _ in turns:
         for name, some in probes.items():
             for key, probe in some.items():
-                seconds.setdefault((name, key), []).append(stopwatch.seconds_per_call(probe.call))
+                samples.setdefault((name, key), []).append(stopwatch.sample(probe.call))
         compute = probes[task.dtypes[0]][BETWEEN_COLLECTIVES].call
         if (rates := measure_collectives(ranks, stopwatch, compute)) is not None:
             collectives.append(rates)
-    typical_s = {key: median(samples) for key, samples in seconds.items()}
-    interruptions = mean_beyond_medians(list(seconds.values()))
+    longer = 1 + interruptions(list(samples.values()))
+    seconds = {key: longer * median(sample.per_call for sample in some) for key, some in samples.items()}
     kernels_by_dtype = {
         name: kernel_rates(
-            {key: probe.amount / (typical_s[name, key] * (1 + interruptions)) for key, probe in some.items()},
-            getattr(torch, name),
+            {key: probe.amount / seconds[name, key] for key, probe in some.items()}, getattr(torch, name)
         )
         for name, some in probes.items()
     }
-    return RankFigures(kernels_by_dtype, _over_turns(collectives))
+    return RankFigures(kernels_by_dtype, over_turns(collectives))
 
 
-def mean_beyond_medians(figures: Sequence[Sequence[float]]) -> float:
-    """By what share samples exceed the median of their figure, the mean over all of them; not negative."""
-    return max(0.0, fmean(sample / middle - 1 for each in figures for middle in [median(each)] for sample in each))
-
-
-def _over_turns(passes: list[CollectiveRates]) -> CollectiveRates | None:
-    """Medians, but for straggling: that a core is taken away now and then is what ranks wait for most."""
-    if not passes:
+def over_turns(turns: Sequence[CollectiveRates]) -> CollectiveRates | None:
+    """Medians; but the mean of straggling, for ranks wait for whichever of them is interrupted. None without turns."""
+    if not turns:
         return None
-    typical = CollectiveRates(*map(median, zip(*map(msgspec.structs.astuple, passes), strict=True)))
-    return msgspec.structs.replace(typical, straggle=fmean(each.straggle for each in passes))
+    typical = CollectiveRates(*map(median, zip(*map(msgspec.structs.astuple, turns), strict=True)))
+    return msgspec.structs.replace(typical, straggle=fmean(each.straggle for each in turns))

@@ -18,8 +18,7 @@ class TeamTask:
     num_ranks: int
     num_threads: int  # of each rank
     dtypes: tuple[str, ...]
-    samples: int  # of each figure in a turn
-    sample_s: float
+    sample_s: float  # of each figure, in a turn
     cold_bytes: int  # weights, or KV, that calls cycle through
 
 
@@ -31,7 +30,7 @@ class RankTeam(Team):
         ranks, threads = task.num_ranks, task.num_threads
         who = f"{ranks} rank{'s' * (ranks > 1)} of {threads} thread{'s' * (threads > 1)}"
         super().__init__(
-            f"products, attention, collectives, {who}",
+            f"products, experts, attention, collectives, {who}",
             _run_rank,
             [(task, rank, meeting) for rank in range(task.num_ranks)],
         )

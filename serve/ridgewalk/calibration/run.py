@@ -47,7 +47,6 @@ class Extent:
 
     dtypes: tuple[str, ...] = ("bfloat16", "float16", "float32")
     turns: int = 16
-    samples: int = 1
     sample_s: float = 0.008
     cold_bytes: int = COLD_BYTES
     layers: tuple[int, ...] = (2, 12)
@@ -60,11 +59,13 @@ def run_calibration(out: Path | None) -> None:
     path, console = out or calibration_path(), Console(stderr=True, soft_wrap=True)
     _check_writable(path)
     began, busy, own = time.monotonic(), _busy_s(), _own_s()
-    with Progress(TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), console=console) as progress:
+    with Progress(
+        TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), console=console, auto_refresh=False
+    ) as progress:
         task = progress.add_task("", total=None)
 
         def tell(stage: str, done: int, total: int) -> None:
-            progress.update(task, description=stage, completed=done, total=total)
+            progress.update(task, description=stage, completed=done, total=total, refresh=True)
 
         try:
             hardware = measure_machine(num_cores(), Extent(), tell)
@@ -127,7 +128,7 @@ def measure_machine(cores: int, extent: Extent, tell: Callable[[str, int, int], 
 
 def _rank_team(extent: Extent, cores: int, ranks: int, folder: Path) -> RankTeam:
     cold_bytes = min(extent.cold_bytes, max(extent.cold_bytes // ranks, LEAST_COLD_BYTES))  # caches are shared too
-    task = TeamTask(ranks, cores // ranks, extent.dtypes, extent.samples, extent.sample_s, cold_bytes)
+    task = TeamTask(ranks, cores // ranks, extent.dtypes, extent.sample_s, cold_bytes)
     return RankTeam(task, folder)
 
 

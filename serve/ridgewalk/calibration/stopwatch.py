@@ -1,48 +1,55 @@
-"""Rates of calls, measured on all ranks at once and little disturbed by other programs."""
+"""Times of calls, measured on all ranks at once."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from statistics import fmean, median
+from typing import NamedTuple
 
 from ridgewalk.parallel.communicator import Communicator
 
 
-@dataclass(frozen=True)
-class Effort:
-    """How long each figure is measured."""
+class Sample(NamedTuple):
+    """Calls in a row."""
 
-    samples: int
-    sample_s: float
+    seconds: float  # of all of them
+    calls: int
+
+    @property
+    def per_call(self) -> float:
+        """Seconds."""
+        return self.seconds / self.calls
 
 
 @dataclass(frozen=True)
 class Stopwatch:
-    """Times calls while every rank of a group makes the same ones: they share memory bandwidth and caches.
-
-    Another program's turn on a core only adds to a sample, so that the lower ones are the machine's own.
-    """
+    """Times calls while every rank of a group makes the same ones: they share memory bandwidth and caches."""
 
     ranks: Communicator
-    effort: Effort
+    sample_s: float
 
-    def seconds_per_call(self, call: Callable[[], object]) -> float:
-        """Of calls in a row, for as long as a sample takes: the lower quartile of the samples."""
+    def sample(self, call: Callable[[], object]) -> Sample:
+        """Of calls in a row, for as long as a sample takes, after one that is not measured."""
         call()
-        samples = [self._sample(call) for _ in range(self.effort.samples)]
-        return lower_quartile(samples)
+        self.ranks.barrier()
+        began = time.perf_counter()
+        calls, spent = 0, 0.0
+        while not calls or spent < self.sample_s:
+            call()
+            calls, spent = calls + 1, time.perf_counter() - began
+        return Sample(spent, calls)
 
     def seconds_together(self, call: Callable[[], object], calls: int) -> float:
-        """Of a call that all ranks must make equally often, so many times a sample: the lower quartile too."""
-        samples = []
-        for _ in range(self.effort.samples + 1):
+        """Of a call that all ranks must make equally often: the mean of so many, after as many unmeasured ones."""
+        for _ in range(2):
             self.ranks.barrier()
             began = time.perf_counter()
             for _ in range(calls):
                 call()
-            samples.append((time.perf_counter() - began) / calls)
-        return lower_quartile(samples[1:])
+            spent = time.perf_counter() - began
+        return spent / calls
 
     def seconds_meeting(
         self, compute: Callable[[], object], meet: Callable[[], object], calls: int
@@ -58,16 +65,14 @@ class Stopwatch:
             meet()
         return (time.perf_counter() - began) / calls, computed / calls
 
-    def _sample(self, call: Callable[[], object]) -> float:
-        self.ranks.barrier()
-        began = time.perf_counter()
-        calls, spent = 0, 0.0
-        while not calls or spent < self.effort.sample_s:
-            call()
-            calls, spent = calls + 1, time.perf_counter() - began
-        return spent / calls
+
+def interruptions(figures: Sequence[Sequence[Sample]]) -> float:
+    """By what share calls take longer in the mean than in the median sample, over many figures. Not negative.
+
+    A figure's mean is all its time over all its calls: a sample that was interrupted has fewer of them.
+    """
+    return max(0.0, fmean(_mean(each) / median(sample.per_call for sample in each) for each in figures) - 1)
 
 
-def lower_quartile(samples: Sequence[float]) -> float:
-    """The sample that a quarter of them are under."""
-    return sorted(samples)[len(samples) // 4]
+def _mean(samples: Sequence[Sample]) -> float:
+    return sum(sample.seconds for sample in samples) / sum(sample.calls for sample in samples)

@@ -1,6 +1,6 @@
 // Units of work in runs of neighbours, one for each thread, so that a thread knows what it will read next and can fetch
-// it. A thread goes through its own run from the front; one that is done helps the others, from the back of theirs. So
-// a thread that the system has not scheduled still holds up no more than the unit it is at.
+// it. A thread goes through its own run from the front; one that is done steals from the others, from the back of
+// theirs. So a thread that the system has not scheduled still holds up no more than the unit it is at.
 #pragma once
 
 #include <algorithm>
@@ -13,27 +13,38 @@
 namespace ridgewalk {
 
 // The units [front, back) that nobody has taken yet, in one word.
-class alignas(64) UnitRun {
+class alignas(128) UnitRun {
    public:
     void reset(uint32_t front, uint32_t back) { word_.store(pack(front, back), std::memory_order_relaxed); }
 
-    // A unit, and its neighbour in the direction of taking: itself, if it was the last. False: there is none.
-    bool take(bool from_front, int64_t& unit, int64_t& next) {
-        uint64_t word = word_.load(std::memory_order_relaxed);
-        while (true) {
-            const uint32_t front = word >> 32, back = (uint32_t)word;
-            if (front >= back) return false;
-            const uint64_t left = from_front ? pack(front + 1, back) : pack(front, back - 1);
-            if (!word_.compare_exchange_weak(word, left, std::memory_order_relaxed)) continue;
-            const bool last = front + 1 == back;
-            unit = from_front ? front : back - 1;
-            next = last ? unit : from_front ? unit + 1 : unit - 1;
-            return true;
-        }
+    // A unit, and its neighbour inwards: itself, if it was the last. False: there is none.
+    bool take_front(int64_t& unit, int64_t& next) {
+        return take([&](uint32_t front, uint32_t back) {
+            unit = front;
+            next = front + 1 == back ? front : front + 1;
+            return pack(front + 1, back);
+        });
+    }
+    bool steal_back(int64_t& unit, int64_t& next) {
+        return take([&](uint32_t front, uint32_t back) {
+            unit = back - 1;
+            next = front + 1 == back ? unit : unit - 1;
+            return pack(front, back - 1);
+        });
     }
 
    private:
     static uint64_t pack(uint32_t front, uint32_t back) { return (uint64_t)front << 32 | back; }
+
+    template <class F>
+    bool take(const F& left) {
+        uint64_t word = word_.load(std::memory_order_relaxed);
+        while (true) {
+            const uint32_t front = word >> 32, back = (uint32_t)word;
+            if (front >= back) return false;
+            if (word_.compare_exchange_weak(word, left(front, back), std::memory_order_relaxed)) return true;
+        }
+    }
 
     std::atomic<uint64_t> word_{0};
 };
@@ -51,8 +62,9 @@ void for_units(ThreadPool& pool, int64_t units, const F& body) {
     for (int64_t i = 0; i < threads; i++) runs[i].reset(units * i / threads, units * (i + 1) / threads);
     pool.run(threads, [&](int64_t own) {
         int64_t unit, next;
-        for (int64_t i = 0; i < threads; i++)
-            while (runs[(own + i) % threads].take(i == 0, unit, next)) body(unit, next);
+        while (runs[own].take_front(unit, next)) body(unit, next);
+        for (int64_t i = 1; i < threads; i++)
+            while (runs[(own + i) % threads].steal_back(unit, next)) body(unit, next);
     });
 }
 

@@ -1,9 +1,9 @@
 """Seconds of one engine step on given hardware, as a sum of named terms.
 
 Reading and computing overlap in a kernel, so a product takes the longer of its weights' bytes over bandwidth and its
-FLOPs over rate (roofline: Williams et al. 2009), and so does attention with its KV cache. Kernels and collectives
-follow each other, and so does the host's work unless it is scheduled ahead. Every constant is a property of the
-hardware, none of a model.
+FLOPs over rate (roofline: Williams et al. 2009), and so does attention with its KV cache; where products were measured
+by rows, it takes that. Kernels and collectives follow each other, and so does the host's work unless it is scheduled
+ahead. Every constant is a property of the hardware, none of a model.
 """
 
 from __future__ import annotations
@@ -37,8 +37,10 @@ class GroupLoad(NamedTuple):
 class StepTime(NamedTuple):
     """Seconds of one step on a rank of one stage, by what takes them."""
 
-    weights: float = 0.0  # reading weights, where that takes longer than the products with them
-    products: float = 0.0  # products with weights, where they take longer than reading them
+    weights: float = 0.0  # reading weights, where that takes longer than the products with them, or products include it
+    products: float = (
+        0.0  # products with weights, where they take longer than reading them: beyond it, if they include it
+    )
     attention: float = 0.0  # reading the KV cache, or the arithmetic of attention if that takes longer
     all_reduce: float = 0.0  # among tensor-parallel ranks
     dispatch_combine: float = 0.0  # all-to-all among expert-parallel ranks
@@ -85,6 +87,7 @@ class CostModel:
         shares, experts = hardware.product_shares.get(product_dtype), hardware.expert_flops.get(product_dtype)
         self._products = ProductTimes(rate, {rows: share * rate for rows, share in (shares or {}).items()})
         self._expert_products = ProductTimes(rate, experts) if experts else None
+        self._measured = bool(shares)
         self._describe_attention()
         self._busiest = greatest_of_normals(self._ep)
         meeting = greatest_of_normals(max(mesh.tp, self._ep if spec.moe else 1))
@@ -114,12 +117,10 @@ class CostModel:
         reading = stage.weight_bytes / self._bandwidth
         computing = self._products.seconds(stage.flops_per_token, tokens)
         computing += self._products.seconds(stage.head_flops, max(group.num_sequences for group in groups))
-        weights, products = (reading, 0.0) if reading >= computing else (0.0, computing)
+        weights, products = self._by_term(reading, computing)
         if stage.num_sparse:
-            reading, computing = self._expert_times(stage, sum(group.num_tokens for group in groups))
-            weights, products = (
-                (weights + reading, products) if reading >= computing else (weights, products + computing)
-            )
+            experts = self._by_term(*self._expert_times(stage, sum(group.num_tokens for group in groups)))
+            weights, products = weights + experts[0], products + experts[1]
         attention = max(
             max(
                 group.kv_tokens * stage.kv_bytes / self._kv_bandwidth,
@@ -148,6 +149,16 @@ class CostModel:
         straggle = self._straggle * (weights + products + attention + launch)
         return StepTime(weights, products, attention, all_reduce, dispatch, launch, send, ranks, straggle)
 
+    def _by_term(self, reading: float, computing: float) -> tuple[float, float]:
+        """`StepTime.weights` and `products`, which together are the longer of the two.
+
+        By roofline it is either. Measured products of more rows include reading the weights, and take longer than that
+        little by little.
+        """
+        if reading >= computing:
+            return reading, 0.0
+        return (reading, computing - reading) if self._measured else (0.0, computing)
+
     def _expert_times(self, stage: _Stage, tokens: float) -> tuple[float, float]:
         """Reading and computing the routed experts of all sparse layers, on the busiest rank.
 
@@ -163,7 +174,9 @@ class CostModel:
         rows = tokens * moe.top_k / self._ep
         rows += self._busiest * math.sqrt(rows)
         alike = max(1.0, touched)  # products of as many rows each
-        if self._expert_products is not None:  # measured: one row takes what reading takes
+        if self._expert_products is not None:
+            # One row takes what reading takes. A thread has one tile at a time: nothing else computes while it gets
+            # going, and slices are as much slower with many rows as with few.
             stretched = stage.num_sparse * self._expert_stretch
             reading = touched * self._expert_products.seconds(stage.expert_flops, 1.0)
             computing = alike * self._expert_products.seconds(stage.expert_flops, rows / alike)

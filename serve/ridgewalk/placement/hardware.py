@@ -47,9 +47,9 @@ class RankRates(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
     value_overhead_s: _NotNegative
     step_overhead_s: _NotNegative
     sequence_overhead_s: _NotNegative
-    sparse_layer_overhead_s: _NotNegative | None = None  # None, here and below: as the whole machine's
-    expert_flops: dict[str, dict[int, _Positive]] | None = None
-    expert_fill: _NotNegative | None = None
+    sparse_layer_overhead_s: _NotNegative | None = None  # None: as the whole machine's
+    expert_flops: dict[str, dict[int, _Positive]] = {}
+    expert_fill: _NotNegative = 0.0
 
 
 class HardwareSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
