@@ -64,6 +64,7 @@ class Run(msgspec.Struct, frozen=True):
     preemptions: int
     recomputed_tokens: int
     others: float  # share of the cores that other programs took
+    round: int  # of the placements' turns
 
 
 class Measured(msgspec.Struct, frozen=True):
@@ -153,11 +154,11 @@ class Replicas:
         for end in self._ends:
             end.recv()
 
-    def run(self, seed: int) -> Run:
+    def run(self, turn: int) -> Run:
         """The whole load, each replica with its share."""
         busy, own = _busy_s(), self._own_s()
         for end in self._ends:
-            end.send(seed)
+            end.send(turn)
         told = [end.recv() for end in self._ends]
         seconds = max(each["end"] for each in told) - min(each["begin"] for each in told)
         others = (_busy_s() - busy - (self._own_s() - own)) / seconds / psutil.cpu_count()
@@ -167,6 +168,7 @@ class Replicas:
             sum(each["preemptions"] for each in told),
             sum(each["recomputed"] for each in told),
             round(max(0.0, others), 3),
+            turn,
         )
 
     def close(self) -> None:
@@ -186,9 +188,9 @@ def _serve(config: EngineConfig, replica: int, replicas: int, end: Connection) -
     sampling = [SamplingParams(max_tokens=each.output_length, temperature=0.0) for each in share]
     with OfflineEngine(config, spawn=True) as engine:
         end.send("ready")
-        while (seed := end.recv()) is not None:
-            rng = random.Random(f"{seed}-{replica}")  # prompts of an earlier run would be found in the prefix cache
-            count = WARM_UP if seed < 0 else len(share)
+        while (turn := end.recv()) is not None:
+            rng = random.Random(f"{turn}-{replica}")  # prompts of an earlier run would be found in the prefix cache
+            count = WARM_UP if turn < 0 else len(share)
             prompts = [[rng.randrange(VOCABULARY) for _ in range(PROMPT)] for _ in range(count)]
             before = _counts(engine)
             begin = time.monotonic()
@@ -217,7 +219,7 @@ def measure(placements: Mapping[str, Replicas], repeats: int) -> dict[str, tuple
     """
     runs: dict[str, list[Run]] = {name: [] for name in placements}
     for replicas in placements.values():
-        replicas.run(seed=-1)
+        replicas.run(turn=-1)
     for attempt in range(ATTEMPTS * repeats):
         for name, replicas in placements.items():
             if len(_counting(runs[name])) < repeats:
@@ -291,10 +293,17 @@ def together(measured: Sequence[Measured]) -> list[Measured]:
     return list(found.values())
 
 
+def _numbered(measured: Measured, sitting: int) -> Measured:
+    """With rounds that no other sitting has."""
+    runs = [msgspec.structs.replace(run, round=sitting * 1000 + run.round) for run in measured.runs]
+    return msgspec.structs.replace(measured, runs=runs)
+
+
 def told_apart(one: Measured, other: Measured) -> bool:
     """Whether the first is faster than the second by a sign test of their rounds, one-sided at 5 %."""
-    rounds = list(zip(one.runs, other.runs, strict=False))
-    won = sum(mine.tokens_per_s > theirs.tokens_per_s for mine, theirs in rounds)
+    theirs = {run.round: run for run in other.runs}
+    rounds = [(run, theirs[run.round]) for run in one.runs if run.round in theirs]
+    won = sum(mine.tokens_per_s > its.tokens_per_s for mine, its in rounds)
     return sum(math.comb(len(rounds), count) for count in range(won, len(rounds) + 1)) <= 0.05 * 2 ** len(rounds)
 
 
@@ -349,7 +358,7 @@ def main() -> None:
         run_calibration(hardware)
     if arguments.measured:
         read = [msgspec.json.decode(path.read_bytes(), type=list[Measured]) for path in arguments.measured]
-        measured = together([each for found in read for each in found])
+        measured = together([_numbered(each, sitting) for sitting, found in enumerate(read) for each in found])
     else:
         measured = measure_all(arguments.folder, arguments.models, arguments.placements, arguments.repeats)
     if arguments.out is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import subprocess
 from pathlib import Path
 
@@ -16,7 +17,18 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     path = tmp_path_factory.mktemp("harness") / "unit_runs.so"
     source, include = Path(__file__).with_suffix("").with_name("unit_runs.cpp"), Path(kernels.__file__).parent
     subprocess.run(
-        ["g++", "-std=c++17", "-O2", "-fPIC", "-pthread", "-shared", f"-I{include}", str(source), "-o", str(path)],
+        [
+            os.environ.get("CXX", "g++"),
+            "-std=c++17",
+            "-O2",
+            "-fPIC",
+            "-pthread",
+            "-shared",
+            f"-I{include}",
+            str(source),
+            "-o",
+            str(path),
+        ],
         check=True,
     )
     return ctypes.CDLL(str(path))

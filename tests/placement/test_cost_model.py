@@ -228,7 +228,7 @@ def test_rows_of_an_expert_are_those_that_meet_there() -> None:
 
 def test_experts_take_what_was_measured_of_experts_and_of_their_slices() -> None:
     spec, measured = shipped("mixtral-8x7b"), {"bfloat16": {1: 2e9, 4: 8e9, 64: 16e9}}
-    hardware = msgspec.structs.replace(ideal(), expert_flops=measured, expert_fill=30.0, straggle=0.0)
+    hardware = msgspec.structs.replace(ideal(), expert_flops=measured, expert_fill=3000.0, straggle=0.0)
     expert = 6 * 4096 * 14336  # FLOPs of a row
 
     def slower(tokens: int, mesh: Mesh = ALONE) -> float:
@@ -240,13 +240,12 @@ def test_experts_take_what_was_measured_of_experts_and_of_their_slices() -> None
         return (time.weights + time.products - rest.weights - rest.products) / 32
 
     def stretch(slices: int) -> float:
-        return 1 + 10 * (2 / 4096 + slices / 14336)
+        return 1 + 1000 * (2 / 4096 + slices / 14336)
 
     assert slower(256) == pytest.approx(8 * stretch(1) * expert * 64 / 16e9, rel=1e-3)  # 64 rows for each of 8
     assert slower(16) == pytest.approx(8 * stretch(1) * expert * 4 / 8e9, rel=0.02)
     assert slower(1) == pytest.approx(2 * stretch(1) * expert / 2e9, rel=1e-3)  # two are read
     assert slower(256, Mesh(tp=4)) == pytest.approx(8 * stretch(4) * expert / 4 * 64 / 16e9, rel=1e-3)
-    assert slower(256, Mesh(tp=4)) > slower(256) / 4
 
 
 def _tables(spec: ModelSpec) -> int:

@@ -100,6 +100,9 @@ def rates(bandwidth: float) -> RankRates:
         value_overhead_s=0.0,
         step_overhead_s=0.0,
         sequence_overhead_s=0.0,
+        sparse_layer_overhead_s=0.0,
+        expert_flops={},
+        expert_fill=0.0,
     )
 
 

@@ -16,19 +16,15 @@ FEW_ROWS, MANY_ROWS = 2, 512
 
 FEW_BYTES, MANY_BYTES = 2 * WIDTH * FEW_ROWS, 2 * WIDTH * MANY_ROWS
 
-CALLS, COMPUTING_CALLS = 64, 64
-"""In a row, as a sample: of collectives alone, and of products between them."""
+CALLS = 64
+"""In a row, as a sample: of collectives, alone or with products between them."""
 
 
-def measure_collectives(
-    ranks: Communicator, stopwatch: Stopwatch, compute: Callable[[], object]
-) -> CollectiveRates | None:
-    """Latency: seconds of an exchange of few rows; bandwidth: what many rows take beyond it. None without peers.
+def measure_collectives(ranks: Communicator, stopwatch: Stopwatch, compute: Callable[[], object]) -> CollectiveRates:
+    """Latency: seconds of an exchange of few rows; bandwidth: what many rows take beyond it. Of several ranks.
 
     ``compute`` is what ranks do between collectives: then each waits for the last, and a core's pace is not even.
     """
-    if ranks.size == 1:
-        return None
     reduced = [_all_reduce_s(ranks, stopwatch, rows) for rows in (FEW_ROWS, MANY_ROWS)]
     exchanged = [_all_to_all_s(ranks, stopwatch, rows) for rows in (FEW_ROWS, MANY_ROWS)]
     beyond, share = MANY_BYTES - FEW_BYTES, (ranks.size - 1) / ranks.size
@@ -44,7 +40,7 @@ def measure_collectives(
 def _straggle(ranks: Communicator, stopwatch: Stopwatch, compute: Callable[[], object], all_reduce_s: float) -> float:
     """Of one stretch of time: what a rank computes and what passes are of the same pace of its core."""
     values = torch.zeros(FEW_ROWS, WIDTH, dtype=torch.bfloat16)
-    passed, computed = stopwatch.seconds_meeting(compute, lambda: ranks.all_reduce(values), COMPUTING_CALLS)
+    passed, computed = stopwatch.seconds_meeting(compute, lambda: ranks.all_reduce(values), CALLS)
     return (passed - all_reduce_s) / computed - 1
 
 

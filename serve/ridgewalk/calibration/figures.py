@@ -32,7 +32,7 @@ class RankFigures(msgspec.Struct, frozen=True):
     """Of one rank."""
 
     kernels: dict[str, KernelRates]  # by dtype
-    collectives: CollectiveRates | None  # None: it was alone
+    collectives: CollectiveRates | None  # None: not measured
 
 
 class Overheads(msgspec.Struct, frozen=True):

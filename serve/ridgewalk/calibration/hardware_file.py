@@ -45,7 +45,7 @@ HOW: Mapping[str, str] = {
     "bandwidth_efficiency": "rates are those reached: medians over the turns, slower by what calls of all kinds take "
     "longer in the mean than in the median, as cores are taken away now and then",
     "flops_efficiency": "likewise",
-    "link_efficiency": "links are those measured: medians over the turns",
+    "link_efficiency": "links are those measured: medians over the turns, and what collectives take longer in steps",
     "stage_overhead_s": "seconds; as an exchange of few bytes, for stages hand over through the same memory",
     "value_overhead_s": "seconds of a layer for each value of a token's hidden state: two norms, rotation, activation, "
     f"of {kernel_probes.TOKENS} tokens of {kernel_probes.SIDE}",
@@ -109,7 +109,7 @@ def expert_fill(slower: float) -> float:
 
     Args:
         slower: FLOP/s of the probe's experts over those of its slices. A fill f makes experts take 1 + a f, and their
-            slices 1 + b f; limited to half of what would make it all fill.
+            slices 1 + b f; limited to midway between no fill and nothing but fill.
     """
     hidden, inner = kernel_probes.EXPERT_HIDDEN, kernel_probes.EXPERT_INNER
     a, b = expert_stretch(1.0, hidden, inner) - 1, expert_stretch(1.0, hidden, inner / kernel_probes.SLICES) - 1
@@ -118,7 +118,7 @@ def expert_fill(slower: float) -> float:
 
 
 def _mean(curves: Sequence[Mapping[int, float]]) -> dict[int, float]:
-    """At each size that they have in common."""
+    """At each size; all have the same."""
     return {size: fmean(curve[size] for curve in curves) for size in curves[0]}
 
 

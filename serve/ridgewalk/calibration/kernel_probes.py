@@ -11,6 +11,7 @@ from itertools import cycle
 import torch
 
 from ridgewalk.calibration.figures import KernelRates
+from ridgewalk.kernels.expert_kernels import ExpertWeights
 from ridgewalk.kernels.kernel_set import HeadLayout, KernelSet, Matrix
 
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
@@ -33,9 +34,7 @@ EXPERT_ROWS = (1, 2, 4, 8, 16, 64)
 """Of each expert."""
 
 SLICES, SLICED_ROWS = 4, (4, 16)
-"""Ranks that an expert is split among, and rows of each. There are as many more experts, so that bytes are the same."""
-
-LEAST_EXPERTS = 8
+"""Ranks that an expert is split among, and rows of each."""
 
 KV_HEADS, HEAD_DIM, BLOCK_SIZE = 4, 64, 16
 SEQUENCES, CONTEXT = 16, 512
@@ -55,9 +54,10 @@ class Probe:
 def make_probes(kernels: KernelSet, dtype: torch.dtype, cold_bytes: int = COLD_BYTES) -> dict[str, Probe]:
     """By name, as `kernel_rates` knows them."""
     products = {f"product {rows}": probe for rows, probe in _products(kernels, dtype, cold_bytes).items()}
-    experts = {f"experts {rows}": probe for rows, probe in _experts(kernels, dtype, cold_bytes).items()}
-    sliced = _experts(kernels, dtype, cold_bytes, SLICES, SLICED_ROWS)
-    experts |= {f"sliced experts {rows}": probe for rows, probe in sliced.items()}
+    layers = _layers_of_experts(kernels, dtype, cold_bytes)
+    sliced = [_slices(layer) for layer in layers]
+    experts = {f"experts {rows}": _experts(kernels, layers, rows, dtype) for rows in EXPERT_ROWS}
+    experts |= {f"sliced experts {rows}": _experts(kernels, sliced, rows, dtype) for rows in SLICED_ROWS}
     decodes = {f"decode {heads}": probe for heads, probe in _decodes(kernels, dtype, cold_bytes).items()}
     others = {"prompt": _prompt(kernels, dtype), "latent": _latent(kernels, dtype), "values": _values(kernels, dtype)}
     return products | experts | decodes | others
@@ -90,23 +90,34 @@ def _product(kernels: KernelSet, matrices: cycle[Matrix], rows: int, dtype: torc
     return Probe(4 * rows * SIDE * SIDE, lambda: kernels.linear(x, next(matrices)))
 
 
-def _experts(
-    kernels: KernelSet, dtype: torch.dtype, cold_bytes: int, slices: int = 1, rows_of_each: Sequence[int] = EXPERT_ROWS
-) -> dict[int, Probe]:
-    """All experts of a layer, each with so many rows, and weights that no cache holds."""
-    hidden, inner = EXPERT_HIDDEN, EXPERT_INNER // slices
-    parameters = 3 * hidden * inner
-    expert_bytes = parameters * dtype.itemsize
-    num = min(EXPERTS * slices, max(LEAST_EXPERTS, cold_bytes // 2 // expert_bytes))  # two layers, where there is room
+def _layers_of_experts(kernels: KernelSet, dtype: torch.dtype, cold_bytes: int) -> list[ExpertWeights]:
+    """At least two, with as many experts as there is room for, and weights that no cache holds."""
+    hidden, inner = EXPERT_HIDDEN, EXPERT_INNER
+    expert_bytes = 3 * hidden * inner * dtype.itemsize
+    num = min(EXPERTS, max(1, cold_bytes // 2 // expert_bytes))
     gate_up, down = torch.randn(num, 2 * inner, hidden).to(dtype), torch.randn(num, hidden, inner).to(dtype)
     count = max(2, cold_bytes // (num * expert_bytes))
-    layers = cycle([kernels.pack_experts(gate_up.clone(), down.clone()) for _ in range(count)])
+    return [kernels.pack_experts(gate_up.clone(), down.clone()) for _ in range(count)]
 
-    def layer(rows: int) -> Probe:
-        x, starts = torch.randn(num * rows, hidden).to(dtype), torch.arange(0, num * rows + 1, rows)
-        return Probe(2.0 * num * rows * parameters, lambda: kernels.expert_mlp(x, starts, next(layers)))
 
-    return {rows: layer(rows) for rows in rows_of_each}
+def _slices(whole: ExpertWeights) -> ExpertWeights:
+    """The same memory as more experts of fewer inner columns: what the weights are does not matter here."""
+    num, hidden, inner = whole.num_slots * SLICES, whole.hidden_size, whole.intermediate_size // SLICES
+    assert isinstance(whole.gate_up, torch.Tensor)
+    assert isinstance(whole.down, torch.Tensor)
+    if whole.packed:
+        gate_up, down = whole.gate_up.view(num, -1), whole.down.view(num, -1)
+    else:
+        gate_up, down = whole.gate_up.view(num, 2 * inner, hidden), whole.down.view(num, hidden, inner)
+    return ExpertWeights(gate_up, down, num, hidden, inner, whole.packed)
+
+
+def _experts(kernels: KernelSet, layers: Sequence[ExpertWeights], rows: int, dtype: torch.dtype) -> Probe:
+    """Layers in turns, so many rows for each expert."""
+    num, hidden, inner = layers[0].num_slots, layers[0].hidden_size, layers[0].intermediate_size
+    x, starts = torch.randn(num * rows, hidden).to(dtype), torch.arange(0, num * rows + 1, rows)
+    turns = cycle(layers)
+    return Probe(6.0 * num * rows * hidden * inner, lambda: kernels.expert_mlp(x, starts, next(turns)))
 
 
 def _decodes(kernels: KernelSet, dtype: torch.dtype, cold_bytes: int) -> dict[int, Probe]:

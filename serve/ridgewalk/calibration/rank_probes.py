@@ -30,25 +30,28 @@ def measure_rank(
 ) -> RankFigures:
     """Measures everything once a turn.
 
-    Figures are medians over the turns, for one has too few samples to tell what now and then takes a core away. All of
-    them together do tell it, and throughput is made of the slow moments too: each is slower by the `interruptions`.
+    A kernel's time is its median over the turns: that a core is taken away now and then, too few samples of one kernel
+    tell. Those of all kernels together do, and throughput is made of the slow moments too, so that every time is longer
+    by their `interruptions`. Collectives are as `over_turns` says.
     """
     stopwatch = Stopwatch(ranks, task.sample_s)
-    probes = {}
+    probes, torch_threads = {}, {}
     for name in task.dtypes:
         dtype = getattr(torch, name)
         kernels = select_kernels(torch.device("cpu"), library, task.num_threads, None, dtype, 16)
-        torch.set_num_threads(task.num_threads if kernels.needs_torch_threads(dtype) else 1)
+        torch_threads[name] = task.num_threads if kernels.needs_torch_threads(dtype) else 1
         probes[name] = make_probes(kernels, dtype, task.cold_bytes)
     samples: dict[tuple[str, str], list[Sample]] = {}
     collectives: list[CollectiveRates] = []
     for _ in turns:
         for name, some in probes.items():
+            torch.set_num_threads(torch_threads[name])
             for key, probe in some.items():
                 samples.setdefault((name, key), []).append(stopwatch.sample(probe.call))
-        compute = probes[task.dtypes[0]][BETWEEN_COLLECTIVES].call
-        if (rates := measure_collectives(ranks, stopwatch, compute)) is not None:
-            collectives.append(rates)
+        if task.collectives:
+            torch.set_num_threads(torch_threads[task.dtypes[0]])
+            compute = probes[task.dtypes[0]][BETWEEN_COLLECTIVES].call
+            collectives.append(measure_collectives(ranks, stopwatch, compute))
     longer = 1 + interruptions(list(samples.values()))
     seconds = {key: longer * median(sample.per_call for sample in some) for key, some in samples.items()}
     kernels_by_dtype = {

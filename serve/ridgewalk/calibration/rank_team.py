@@ -20,6 +20,7 @@ class TeamTask:
     dtypes: tuple[str, ...]
     sample_s: float  # of each figure, in a turn
     cold_bytes: int  # weights, or KV, that calls cycle through
+    collectives: bool = False  # measured too
 
 
 class RankTeam(Team):
@@ -30,7 +31,7 @@ class RankTeam(Team):
         ranks, threads = task.num_ranks, task.num_threads
         who = f"{ranks} rank{'s' * (ranks > 1)} of {threads} thread{'s' * (threads > 1)}"
         super().__init__(
-            f"products, experts, attention, collectives, {who}",
+            f"products, experts, attention{', collectives' * task.collectives}, {who}",
             _run_rank,
             [(task, rank, meeting) for rank in range(task.num_ranks)],
         )

@@ -43,7 +43,7 @@ DISTURBED = 0.1
 
 @dataclass(frozen=True)
 class Extent:
-    """How much is measured, in many short turns. The defaults take two to three minutes on two slow cores."""
+    """How much is measured, in many short turns. The defaults take two to three minutes on two cores."""
 
     dtypes: tuple[str, ...] = ("bfloat16", "float16", "float32")
     turns: int = 16
@@ -59,6 +59,7 @@ def run_calibration(out: Path | None) -> None:
     path, console = out or calibration_path(), Console(stderr=True, soft_wrap=True)
     _check_writable(path)
     began, busy, own = time.monotonic(), _busy_s(), _own_s()
+    # Drawn when there is news: a thread that draws would take a core from what is measured.
     with Progress(
         TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), console=console, auto_refresh=False
     ) as progress:
@@ -128,7 +129,8 @@ def measure_machine(cores: int, extent: Extent, tell: Callable[[str, int, int], 
 
 def _rank_team(extent: Extent, cores: int, ranks: int, folder: Path) -> RankTeam:
     cold_bytes = min(extent.cold_bytes, max(extent.cold_bytes // ranks, LEAST_COLD_BYTES))  # caches are shared too
-    task = TeamTask(ranks, cores // ranks, extent.dtypes, extent.sample_s, cold_bytes)
+    collectives = 1 < ranks == cores  # links are those among all
+    task = TeamTask(ranks, cores // ranks, extent.dtypes, extent.sample_s, cold_bytes, collectives)
     return RankTeam(task, folder)
 
 

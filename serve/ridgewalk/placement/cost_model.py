@@ -37,10 +37,8 @@ class GroupLoad(NamedTuple):
 class StepTime(NamedTuple):
     """Seconds of one step on a rank of one stage, by what takes them."""
 
-    weights: float = 0.0  # reading weights, where that takes longer than the products with them, or products include it
-    products: float = (
-        0.0  # products with weights, where they take longer than reading them: beyond it, if they include it
-    )
+    weights: float = 0.0  # reading weights; by roofline, only where that takes longer than the products with them
+    products: float = 0.0  # products with weights, where they take longer; of measured ones, by how much longer
     attention: float = 0.0  # reading the KV cache, or the arithmetic of attention if that takes longer
     all_reduce: float = 0.0  # among tensor-parallel ranks
     dispatch_combine: float = 0.0  # all-to-all among expert-parallel ranks
@@ -87,7 +85,6 @@ class CostModel:
         shares, experts = hardware.product_shares.get(product_dtype), hardware.expert_flops.get(product_dtype)
         self._products = ProductTimes(rate, {rows: share * rate for rows, share in (shares or {}).items()})
         self._expert_products = ProductTimes(rate, experts) if experts else None
-        self._measured = bool(shares)
         self._describe_attention()
         self._busiest = greatest_of_normals(self._ep)
         meeting = greatest_of_normals(max(mesh.tp, self._ep if spec.moe else 1))
@@ -117,10 +114,13 @@ class CostModel:
         reading = stage.weight_bytes / self._bandwidth
         computing = self._products.seconds(stage.flops_per_token, tokens)
         computing += self._products.seconds(stage.head_flops, max(group.num_sequences for group in groups))
-        weights, products = self._by_term(reading, computing)
+        if self._products.measured:
+            reading = max(reading, min(computing, self._products.seconds(stage.flops_per_token, 1.0)))
+        weights, products = _by_term(reading, computing, self._products)
         if stage.num_sparse:
-            experts = self._by_term(*self._expert_times(stage, sum(group.num_tokens for group in groups)))
-            weights, products = weights + experts[0], products + experts[1]
+            times = self._expert_times(stage, sum(group.num_tokens for group in groups))
+            more = _by_term(*times, self._expert_products or self._products)
+            weights, products = weights + more[0], products + more[1]
         attention = max(
             max(
                 group.kv_tokens * stage.kv_bytes / self._kv_bandwidth,
@@ -149,16 +149,6 @@ class CostModel:
         straggle = self._straggle * (weights + products + attention + launch)
         return StepTime(weights, products, attention, all_reduce, dispatch, launch, send, ranks, straggle)
 
-    def _by_term(self, reading: float, computing: float) -> tuple[float, float]:
-        """`StepTime.weights` and `products`, which together are the longer of the two.
-
-        By roofline it is either. Measured products of more rows include reading the weights, and take longer than that
-        little by little.
-        """
-        if reading >= computing:
-            return reading, 0.0
-        return (reading, computing - reading) if self._measured else (0.0, computing)
-
     def _expert_times(self, stage: _Stage, tokens: float) -> tuple[float, float]:
         """Reading and computing the routed experts of all sparse layers, on the busiest rank.
 
@@ -176,7 +166,7 @@ class CostModel:
         alike = max(1.0, touched)  # products of as many rows each
         if self._expert_products is not None:
             # One row takes what reading takes. A thread has one tile at a time: nothing else computes while it gets
-            # going, and slices are as much slower with many rows as with few.
+            # going, and slices are slower with 16 rows as with 4.
             stretched = stage.num_sparse * self._expert_stretch
             reading = touched * self._expert_products.seconds(stage.expert_flops, 1.0)
             computing = alike * self._expert_products.seconds(stage.expert_flops, rows / alike)
@@ -243,12 +233,22 @@ class CostModel:
         return heads * (2 * (mla.latent_dim + mla.kv_lora_rank) if mla else 4 * self.spec.head_dim)
 
 
+def _by_term(reading: float, computing: float, products: ProductTimes) -> tuple[float, float]:
+    """`StepTime.weights` and `products`, together the longer of the two.
+
+    By roofline it is either. Where products were measured, the time of one row is reading, which that of more includes.
+    """
+    if reading >= computing:
+        return reading, 0.0
+    return (reading, computing - reading) if products.measured else (0.0, computing)
+
+
 class ProductTimes:
     """Seconds of products with weights, by the rows of each."""
 
     def __init__(self, rate: float, measured: Mapping[int, float]) -> None:
         """Take rates in FLOP/s: ``measured`` by rows; ``rate`` at any number of rows, where there are none."""
-        self._rate = rate
+        self._rate, self.measured = rate, bool(measured)
         spent = {rows: rows / reached for rows, reached in measured.items()}
         self._curve = MeasuredCurve.of(spent) if spent else None
 

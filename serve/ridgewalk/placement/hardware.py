@@ -47,9 +47,9 @@ class RankRates(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
     value_overhead_s: _NotNegative
     step_overhead_s: _NotNegative
     sequence_overhead_s: _NotNegative
-    sparse_layer_overhead_s: _NotNegative | None = None  # None: as the whole machine's
-    expert_flops: dict[str, dict[int, _Positive]] = {}
-    expert_fill: _NotNegative = 0.0
+    sparse_layer_overhead_s: _NotNegative
+    expert_flops: dict[str, dict[int, _Positive]]
+    expert_fill: _NotNegative
 
 
 class HardwareSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -151,7 +151,6 @@ class HardwareSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             return self
         measured = min((count for count in self.by_ranks if count >= num_ranks), default=None)
         rates = {} if measured is None else msgspec.structs.asdict(self.by_ranks[measured])
-        rates = {name: value for name, value in rates.items() if value is not None}
         memory = self.memory_bytes * self.num_devices / num_ranks
         return msgspec.structs.replace(self, **rates, memory_bytes=memory)
 
