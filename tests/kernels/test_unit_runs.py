@@ -10,27 +10,15 @@ from pathlib import Path
 import pytest
 
 from ridgewalk import kernels
+from ridgewalk.kernels.build import FLAGS
 
 
 @pytest.fixture(scope="module")
 def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     path = tmp_path_factory.mktemp("harness") / "unit_runs.so"
-    source, include = Path(__file__).with_suffix("").with_name("unit_runs.cpp"), Path(kernels.__file__).parent
-    subprocess.run(
-        [
-            os.environ.get("CXX", "g++"),
-            "-std=c++17",
-            "-O2",
-            "-fPIC",
-            "-pthread",
-            "-shared",
-            f"-I{include}",
-            str(source),
-            "-o",
-            str(path),
-        ],
-        check=True,
-    )
+    compiler, include = os.environ.get("CXX", "g++"), Path(kernels.__file__).parent
+    source = Path(__file__).with_name("unit_runs.cpp")
+    subprocess.run([compiler, *FLAGS, "-shared", f"-I{include}", str(source), "-o", str(path)], check=True)
     return ctypes.CDLL(str(path))
 
 

@@ -52,6 +52,9 @@ def test_a_file_is_hardware_too_and_its_faults_are_named(tmp_path: Path) -> None
     own.write_text(shipped.read_text().replace("memory_bandwidth: 4.8e+12", "memory_bandwidth: fast"))
     with pytest.raises(HardwareError, match="memory_bandwidth"):
         find_hardware(str(own))
+    own.write_text(shipped.read_text() + "by_ranks: {1: {memory_bandwidth: 1.0}}\n")  # as from an earlier version
+    with pytest.raises(HardwareError, match=r"missing required field.*; if `ridgewalk calibrate` wrote it, let it"):
+        find_hardware(str(own))
     own.write_text("a: [")
     with pytest.raises(HardwareError, match="is not YAML"):
         find_hardware(str(own))

@@ -14,7 +14,7 @@ def calibrate(
         typer.Option(help="Write this hardware file. Default: the one that --hardware this-machine reads."),
     ] = None,
 ) -> None:
-    """Measure this machine for `ridgewalk plan --hardware this-machine`: minutes, nothing else running."""
+    """Measure this machine for `ridgewalk plan --hardware this-machine`: some minutes, nothing else running."""
     if out is not None and out.suffix not in (".yaml", ".yml"):
         from ridgewalk.config import ConfigError
 

@@ -82,8 +82,8 @@ class CostModel:
         self._attention_rate = hardware.flops[spec.dtype] * hardware.flops_efficiency
         self._bandwidth = hardware.memory_bandwidth * hardware.bandwidth_efficiency
         self._ep = mesh.dp * mesh.tp if mesh.expert_parallel else 1
-        shares, experts = hardware.product_shares.get(product_dtype), hardware.expert_flops.get(product_dtype)
-        self._products = ProductTimes(rate, {rows: share * rate for rows, share in (shares or {}).items()})
+        shares, experts = hardware.product_shares.get(product_dtype, {}), hardware.expert_flops.get(product_dtype)
+        self._products = ProductTimes(rate, {rows: share * rate for rows, share in shares.items()})
         self._expert_products = ProductTimes(rate, experts) if experts else None
         self._describe_attention()
         self._busiest = greatest_of_normals(self._ep)
@@ -114,7 +114,7 @@ class CostModel:
         reading = stage.weight_bytes / self._bandwidth
         computing = self._products.seconds(stage.flops_per_token, tokens)
         computing += self._products.seconds(stage.head_flops, max(group.num_sequences for group in groups))
-        if self._products.measured:
+        if self._products.measured:  # the memory's bandwidth is that of the dtype which reads fastest
             reading = max(reading, min(computing, self._products.seconds(stage.flops_per_token, 1.0)))
         weights, products = _by_term(reading, computing, self._products)
         if stage.num_sparse:
@@ -248,9 +248,14 @@ class ProductTimes:
 
     def __init__(self, rate: float, measured: Mapping[int, float]) -> None:
         """Take rates in FLOP/s: ``measured`` by rows; ``rate`` at any number of rows, where there are none."""
-        self._rate, self.measured = rate, bool(measured)
+        self._rate = rate
         spent = {rows: rows / reached for rows, reached in measured.items()}
         self._curve = MeasuredCurve.of(spent) if spent else None
+
+    @property
+    def measured(self) -> bool:
+        """Whether there are rates by rows."""
+        return self._curve is not None
 
     def seconds(self, flops_per_row: float, rows: float) -> float:
         """Of one product, or of several that have as many rows each."""

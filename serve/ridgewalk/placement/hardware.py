@@ -162,9 +162,11 @@ def find_hardware(text: str) -> HardwareSpec:
         HardwareError: names what there is.
     """
     if text.endswith((".yaml", ".yml")):
-        return _read(Path(text).expanduser())
+        return _read(Path(text).expanduser(), "if `ridgewalk calibrate` wrote it, let it write it again")
     if text.strip().lower() == THIS_MACHINE:
-        return _read_calibration(calibration_path())
+        if not calibration_path().exists():
+            raise HardwareError(f"{THIS_MACHINE} has not been measured; run `ridgewalk calibrate` once")
+        return _read(calibration_path(), "run `ridgewalk calibrate` again")
     match = re.fullmatch(r"(?:(?:([1-9]\d*)x)?([1-9]\d*)x)?([a-z][\w.-]*)", text.strip().lower())
     path = shipped_path("hardware", match[3]) if match else None
     if match is None or path is None:
@@ -173,7 +175,7 @@ def find_hardware(text: str) -> HardwareSpec:
             f"there is no hardware {text!r}; write devices x kind as in 8xh200, nodes x devices x kind as in 2x8xh200 "
             f"(kinds: {kinds}), {THIS_MACHINE}, or the path of a .yaml file"
         )
-    spec = _read(path)
+    spec = _read(path, "install ridgewalk again")
     num_nodes, num_devices = int(match[1] or 1), int(match[2] or 1)
     if num_devices > spec.devices_per_node:
         raise HardwareError(
@@ -184,21 +186,12 @@ def find_hardware(text: str) -> HardwareSpec:
     return msgspec.structs.replace(spec, num_nodes=num_nodes, devices_per_node=num_devices)
 
 
-def _read_calibration(path: Path) -> HardwareSpec:
-    if not path.exists():
-        raise HardwareError(f"{THIS_MACHINE} has not been measured; run `ridgewalk calibrate` once")
-    try:
-        return _read(path)
-    except HardwareError as error:
-        raise HardwareError(f"{error}; run `ridgewalk calibrate` again") from None
-
-
-def _read(path: Path) -> HardwareSpec:
+def _read(path: Path, remedy: str) -> HardwareSpec:
     try:
         return msgspec.convert(yaml.safe_load(path.read_text()), HardwareSpec)
     except OSError as error:
         raise HardwareError(f"{path} cannot be read: {error.strerror}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise HardwareError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+        raise HardwareError(f"{path} is not YAML: {' '.join(str(error).split())}; {remedy}") from None
     except msgspec.ValidationError as error:
-        raise HardwareError(f"{path} describes no hardware: {error}") from None
+        raise HardwareError(f"{path} describes no hardware: {error}; {remedy}") from None
