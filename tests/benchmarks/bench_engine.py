@@ -8,8 +8,8 @@ from __future__ import annotations
 import argparse
 import time
 
-from ridgewalk.engine.core import MEASURE_EVERY
 from ridgewalk.engine.sampling import SamplingParams
+from ridgewalk.engine.scheduler_config import MEASURE_EVERY
 from ridgewalk.placement.mesh import Mesh
 from ridgewalk.placement.model_spec import ModelSpec, UnsupportedModelError, validate_mesh
 from ridgewalk.replica.engine_config import EngineConfig

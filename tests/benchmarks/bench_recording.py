@@ -22,8 +22,8 @@ from pathlib import Path
 
 import torch
 
-from ridgewalk.engine import core as engine_core
 from ridgewalk.engine.sampling import SamplingParams
+from ridgewalk.engine.scheduler_config import MEASURE_EVERY
 from ridgewalk.engine.stats import EngineStats
 from ridgewalk.engine.step import RankTimings
 from ridgewalk.metrics.engine_metrics import EngineMetrics
@@ -39,7 +39,7 @@ from ridgewalk.replica.engine_loop import REPORT_EVERY_S
 from ridgewalk.replica.offline import OfflineEngine
 from tests.benchmarks.workload import prompts
 
-BLOCK = engine_core.MEASURE_EVERY
+BLOCK = MEASURE_EVERY
 """Steps of a turn: with recording on, exactly one of them is measured."""
 
 NEVER = 10**9
@@ -90,7 +90,7 @@ class Recorded:
 
     def _step(self, recording: bool) -> None:
         core = self.engine.core
-        engine_core.MEASURE_EVERY = BLOCK if recording else NEVER
+        core.measure_every = BLOCK if recording else NEVER
         while not (results := core.pump()):
             self.engine.executor.wait(1.0)
         for ranks in self.engine.executor.take_timings():

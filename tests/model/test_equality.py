@@ -330,3 +330,37 @@ def test_without_a_compiler_the_torch_kernels_and_gloo_say_the_same(checkpoint, 
     monkeypatch.setenv("CXX", "no-such-compiler")
     for sequence in exercise(start(family, mesh)):
         assert_greedy(checkpoint(family), sequence)
+
+
+on_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
+@pytest.mark.gpu
+@on_cuda
+@pytest.mark.parametrize("family", [*DENSE, *SPARSE])
+def test_on_cuda_every_family_equals_transformers(checkpoint, start, family):
+    for sequence in exercise(start(family, device="cuda")):
+        assert_greedy(checkpoint(family), sequence)
+
+
+@pytest.mark.gpu
+@on_cuda
+@pytest.mark.parametrize("family", ["qwen3", "mixtral"])
+def test_on_cuda_captured_steps_of_any_size_equal_transformers(checkpoint, start, family):
+    """Sequences end one by one, so that graphs of several sizes run, with and without padding."""
+    driver = start(family, device="cuda", max_num_seqs=16)
+    sequences = [new_sequence(i, 1 + 5 * i) for i in range(12)]
+    driver.step(sequences)
+    for running in range(12, 0, -1):
+        driver.step(sequences[:running])
+        driver.step(sequences[:running])
+    for sequence in sequences:
+        assert_greedy(checkpoint(family), sequence)
+
+
+@pytest.mark.gpu
+@on_cuda
+def test_on_cuda_draws_are_those_of_the_cpu(checkpoint, start):
+    params = SamplingParams(max_tokens=99, temperature=1.0, top_p=0.9, seed=7)
+    drawn = [start("llama", device=device).generate(prompt_of(12), 30, params).output for device in ("cpu", "cuda")]
+    assert drawn[0] == drawn[1]

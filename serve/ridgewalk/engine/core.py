@@ -16,10 +16,6 @@ from ridgewalk.engine.step import StepInput
 from ridgewalk.engine.step_meter import StepMeter
 from ridgewalk.engine.step_result import StepResult
 
-MEASURE_EVERY = 17
-"""One step in so many is timed on every rank: often enough for a 1 s scrape, under 1 % of the step time. Prime: the
-micro-batches of a pipeline come round every few steps, and each of them must have its turn."""
-
 
 class EngineCore:
     """One replica's engine. All methods are called from one thread; ``clock`` is any monotonic seconds."""
@@ -29,6 +25,7 @@ class EngineCore:
         self.executor = executor
         self.throttled_seconds = 0.0  # time during which work waited for KV blocks alone
         self.last_progress = clock()  # when a step last ended, or work last arrived at an idle engine
+        self.measure_every = config.measure_every
         self._clock = clock
         self.meter = StepMeter(config.block_size)
         self._seq_ids = itertools.count()
@@ -85,7 +82,7 @@ class EngineCore:
             self._meter_steps(len(results), now)
             self.last_progress = now
         while self.scheduler.num_in_flight < self.scheduler.config.max_steps_in_flight:
-            measure = self.scheduler.counters.steps % MEASURE_EVERY == MEASURE_EVERY - 1
+            measure = self.scheduler.counters.steps % self.measure_every == self.measure_every - 1
             step = self.scheduler.schedule(now, measure)
             if step is None:
                 break

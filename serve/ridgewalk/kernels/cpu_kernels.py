@@ -19,6 +19,7 @@ class CpuKernels(CpuExpertKernels, CpuLatentKernels):
     """Kernels for CPU tensors. All tensors must be contiguous, but for rows of ``block_table``."""
 
     name = "cpu"
+    takes_padding = False
 
     def __init__(self, library: ctypes.CDLL, num_threads: int) -> None:
         self._reference = TorchKernels()

@@ -1,24 +1,55 @@
-"""`KernelSet` for CUDA: torch's operations, with paged FlashAttention where the machine has one that works."""
+"""`KernelSet` for CUDA: layers and attention in Triton, products and the rest in torch's operations."""
 
 from __future__ import annotations
 
-import logging
-
 import torch
-from torch.nn.attention import activate_flash_attention_impl, list_flash_attention_impls
-from torch.nn.attention.varlen import varlen_attn
 
-from ridgewalk.kernels.block_scales import Fp8Linear, block_linear
-from ridgewalk.kernels.kernel_set import HeadLayout
+from ridgewalk.kernels import triton_attention, triton_draw, triton_layer
+from ridgewalk.kernels.kernel_set import DrawRules, HeadLayout
 from ridgewalk.kernels.torch_kernels import TorchKernels
 
-logger = logging.getLogger(__name__)
 
+class TritonKernels(TorchKernels):
+    """`TorchKernels` but for what Triton does in fewer passes over memory. Make it with `probe_triton` only.
 
-class VarlenKernels(TorchKernels):
-    """`TorchKernels` whose attention is `varlen_attn` over the block table. Make it with `probe_varlen` only."""
+    A slot below zero is not written and a sequence of no keys attends to nothing: so are rows that pad a step.
+    """
 
-    name = "varlen"
+    name = "triton"
+    takes_padding = True
+
+    def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        """See `KernelSet.rms_norm`."""
+        return triton_layer.rms_norm(x, weight, eps)
+
+    def add_rms_norm(self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        """See `KernelSet.add_rms_norm`."""
+        return triton_layer.add_rms_norm(x, residual, weight, eps)
+
+    def silu_and_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
+        """See `KernelSet.silu_and_mul`."""
+        return triton_layer.silu_and_mul(gate_up)
+
+    def draw(self, logits: torch.Tensor, rules: DrawRules) -> torch.Tensor:
+        """See `KernelSet.draw`."""
+        return triton_draw.draw_tokens(logits, rules)
+
+    def rotate_and_cache(
+        self,
+        qkv: torch.Tensor,
+        heads: HeadLayout,
+        norm_weights: tuple[torch.Tensor, torch.Tensor] | None,
+        eps: float,
+        positions: torch.Tensor,
+        cos_sin: torch.Tensor,
+        key_cache: torch.Tensor,
+        value_cache: torch.Tensor,
+        slot_mapping: torch.Tensor,
+    ) -> torch.Tensor:
+        """See `KernelSet.rotate_and_cache`."""
+        return triton_layer.rotate_and_cache(
+            qkv, heads, norm_weights, eps, positions, cos_sin, key_cache, value_cache, slot_mapping
+        )
 
     def attention(
         self,
@@ -34,62 +65,42 @@ class VarlenKernels(TorchKernels):
         block_table: torch.Tensor,
     ) -> torch.Tensor:
         """See `KernelSet.attention`."""
-        out = varlen_attn(
+        return triton_attention.paged_attention(
             query,
             key_cache,
             value_cache,
             cu_seqlens_q,
-            None,
             max_seqlen_q,
             max_seqlen_k,
+            value_dim=query.shape[2],
             scale=scale,
-            window_size=(-1, 0),
-            enable_gqa=True,
             seqused_k=seqused_k,
             block_table=block_table,
         )
-        assert isinstance(out, torch.Tensor)
-        return out
 
-
-def probe_varlen(
-    heads: HeadLayout,
-    dtype: torch.dtype,
-    block_size: int,
-    device: torch.device,
-    fp8_linear: Fp8Linear = block_linear,
-) -> TorchKernels:
-    """`VarlenKernels` if a FlashAttention of this machine computes what the reference does, else the reference.
-
-    Paged `varlen_attn` needs FlashAttention 3 or 4, which torch activates on request; each that is registered is tried.
-    """
-    for implementation in reversed(list_flash_attention_impls()):
-        try:
-            activate_flash_attention_impl(implementation)
-            if _agrees(VarlenKernels(), heads, dtype, block_size, device):
-                return VarlenKernels(fp8_linear)
-            reason = "its results differ from the reference's"
-        except Exception as error:
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        logger.info("%s is not used for attention: %s", implementation, reason)
-    return TorchKernels(fp8_linear)
-
-
-def _agrees(
-    kernels: TorchKernels, heads: HeadLayout, dtype: torch.dtype, block_size: int, device: torch.device
-) -> bool:
-    """Compare a prefill beside a decode step with the reference."""
-    generator = torch.Generator().manual_seed(0)
-
-    def normal(*shape: int) -> torch.Tensor:
-        return torch.randn(shape, generator=generator).to(device, dtype)
-
-    keys, values = (normal(8, block_size, heads.num_kv_heads, heads.head_dim) for _ in range(2))
-    query = normal(4, heads.num_heads, heads.head_dim)
-    used = torch.tensor([block_size + 1, 3 * block_size - 1], dtype=torch.int32, device=device)
-    table = torch.tensor([[6, 1, 0], [3, 0, 7]], dtype=torch.int32, device=device)
-    starts = torch.tensor([0, 3, 4], dtype=torch.int32, device=device)
-    arguments = (query, keys, values, starts, 3, 3 * block_size - 1)
-    options = {"scale": heads.head_dim**-0.5, "seqused_k": used, "block_table": table}
-    actual, expected = (k.attention(*arguments, **options).float() for k in (kernels, TorchKernels()))
-    return bool(torch.allclose(actual, expected, rtol=2e-2, atol=2e-2))
+    def latent_attention(
+        self,
+        query: torch.Tensor,
+        cache: torch.Tensor,
+        cu_seqlens_q: torch.Tensor,
+        max_seqlen_q: int,
+        max_seqlen_k: int,
+        *,
+        value_dim: int,
+        scale: float,
+        seqused_k: torch.Tensor,
+        block_table: torch.Tensor,
+    ) -> torch.Tensor:
+        """See `LatentKernels.latent_attention`."""
+        return triton_attention.paged_attention(
+            query,
+            cache.unsqueeze(2),
+            None,
+            cu_seqlens_q,
+            max_seqlen_q,
+            max_seqlen_k,
+            value_dim=value_dim,
+            scale=scale,
+            seqused_k=seqused_k,
+            block_table=block_table,
+        )

@@ -9,6 +9,20 @@ import torch
 
 
 @dataclass(frozen=True)
+class LatentLayout:
+    """Heads of one rank, and the latent that they share."""
+
+    num_heads: int
+    value_dim: int  # the latent's own width, which is what heads read
+    rope_dim: int
+
+    @property
+    def latent_dim(self) -> int:
+        """Width of a token in the cache."""
+        return self.value_dim + self.rope_dim
+
+
+@dataclass(frozen=True)
 class HeadMatrices:
     """One matrix a head, laid out as the kernel set that made them wants them."""
 

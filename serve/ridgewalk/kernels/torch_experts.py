@@ -44,8 +44,8 @@ class TorchExpertKernels:
         order = torch.argsort(groups, stable=True)
         position = torch.empty_like(order)
         position[order] = torch.arange(len(order), device=order.device)
-        starts = torch.zeros(num_groups + 1, dtype=torch.int64, device=order.device)
-        starts[1:] = torch.bincount(groups, minlength=num_groups).cumsum(0)
+        bounds = torch.arange(num_groups + 1, dtype=groups.dtype, device=order.device)
+        starts = torch.searchsorted(groups[order], bounds)  # `bincount` would wait for the device
         return RowGroups(order, position, starts)
 
     def plan_send(

@@ -17,6 +17,7 @@ class TorchKernels(TorchExpertKernels, TorchLatentKernels):
     """`KernelSet` for any device."""
 
     name = "torch"
+    takes_padding = False
 
     def __init__(self, fp8_linear: Fp8Linear = block_linear) -> None:
         """``fp8_linear``: the product with weights that are kept in FP8."""

@@ -6,6 +6,7 @@ import torch
 
 from ridgewalk.kernels.block_scales import Weight
 from ridgewalk.kernels.kernel_set import KernelSet
+from ridgewalk.kernels.latent_kernels import LatentLayout
 from ridgewalk.model.batch import StepTensors
 from ridgewalk.model.kv_cache import LatentCache
 from ridgewalk.model.row_linear import RowLinear
@@ -81,3 +82,9 @@ class LatentAttention:
         if self._q_a is None or self._q_a_norm is None:
             return hidden
         return self._kernels.rms_norm(self._kernels.linear(hidden, self._q_a), self._q_a_norm, self._mla.norm_eps)
+
+
+def rank_latents(spec: ModelSpec, tp: int) -> LatentLayout:
+    """Heads of one tensor-parallel rank of a model that caches latents."""
+    assert spec.mla is not None
+    return LatentLayout(spec.num_heads_per_rank(tp), spec.mla.kv_lora_rank, spec.mla.qk_rope_head_dim)

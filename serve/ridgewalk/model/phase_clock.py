@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from itertools import pairwise
 
 import torch
 
@@ -18,52 +19,61 @@ BUBBLE = "bubble"
 class PhaseClock:
     """Adds up seconds by phase; time inside collectives and waits for a stage's input are phases of their own.
 
-    The phases add up to the step. Costs nothing while it is not running.
+    The phases add up to the step. Costs nothing while it is not running. On CUDA the moments are events in the stream,
+    so that the device is not stopped to look at it.
     """
 
     def __init__(self, groups: ProcessGroups, device: torch.device) -> None:
         self._groups = groups
-        self._device = device
+        self._on_gpu = device.type == "cuda"
         self._running = False
-        self._last = 0.0
-        self._inside = {COLLECTIVE: 0.0, BUBBLE: 0.0}  # the groups' readings at the last mark
+        self._marks: list[tuple[str, float | torch.cuda.Event, dict[str, float]]] = []
         self.phases: dict[str, float] = {}
 
     def start(self) -> None:
         """Begin a measured step, after the groups' timing was started."""
-        self._synchronize()  # else time of earlier steps would count
-        self.phases = {}
         self._running = True
-        self._inside = self._read()
-        self._last = time.perf_counter()
+        self._marks = [("", self._now(), self._read())]
 
     def stop(self) -> float:
         """End it; the seconds it took."""
         self._running = False
+        self.phases = {}
+        for (_, then, before), (phase, now, inside) in pairwise(self._marks):
+            own = _seconds(then, now)
+            for name, seconds in inside.items():
+                elsewhere = seconds - before[name]
+                own -= elsewhere
+                if elsewhere:
+                    self._add(name, elsewhere)
+            self._add(phase, own)
         return sum(self.phases.values())
 
     def mark(self, phase: str) -> None:
         """Everything since the last mark was ``phase``, but for collectives and waits for input in between."""
-        if not self._running:
-            return
-        self._synchronize()
-        now, inside = time.perf_counter(), self._read()
-        own = now - self._last
-        for name, seconds in inside.items():
-            elsewhere = seconds - self._inside[name]
-            own -= elsewhere
-            if elsewhere:
-                self._add(name, elsewhere)
-        self._add(phase, own)
-        self._last, self._inside = now, inside
+        if self._running:
+            self._marks.append((phase, self._now(), self._read()))
 
-    def _synchronize(self) -> None:
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
+    def _now(self) -> float | torch.cuda.Event:
+        if not self._on_gpu:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
 
     def _add(self, phase: str, seconds: float) -> None:
         self.phases[phase] = self.phases.get(phase, 0.0) + seconds
 
     def _read(self) -> dict[str, float]:
+        """The groups' readings."""
         previous = self._groups.previous
         return {COLLECTIVE: self._groups.seconds, BUBBLE: previous.bubble_seconds if previous else 0.0}
+
+
+def _seconds(then: float | torch.cuda.Event, now: float | torch.cuda.Event) -> float:
+    if isinstance(then, float) and isinstance(now, float):
+        return now - then
+    assert isinstance(then, torch.cuda.Event)
+    assert isinstance(now, torch.cuda.Event)
+    now.synchronize()
+    return then.elapsed_time(now) / 1000

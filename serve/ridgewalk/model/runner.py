@@ -27,10 +27,12 @@ from ridgewalk.kernels.kernel_set import KernelSet
 from ridgewalk.kernels.select import select_kernels
 from ridgewalk.model.attention import rank_heads
 from ridgewalk.model.batch import build_step
+from ridgewalk.model.decode_graphs import DecodeGraphs, can_capture
 from ridgewalk.model.decoder import Decoder
 from ridgewalk.model.host_cache import HostCache
 from ridgewalk.model.kv_cache import LatentCache, LayerCache, make_cache
 from ridgewalk.model.loader import load_parameters
+from ridgewalk.model.mla import rank_latents
 from ridgewalk.model.phase_clock import PhaseClock
 from ridgewalk.model.runner_config import RunnerConfig
 from ridgewalk.model.sequence_table import SequenceTable, StepError
@@ -59,11 +61,12 @@ def create_runner(config: RunnerConfig) -> ModelRunner:
     validate_mesh(spec, config.mesh)
     device = torch.device(config.device)
     if device.type == "cuda":
-        torch.cuda.set_device(device)
+        torch.cuda.set_device(device.index or 0)  # it takes no device without a number
     library = load_library() if device.type == "cpu" else None
     groups = make_process_groups(config.mesh, config.rank, config.init_method, device, library, config.timeout_s)
     num_threads = config.num_threads or torch.get_num_threads()
-    dtype, heads = getattr(torch, config.dtype), None if spec.mla is not None else rank_heads(spec, config.tp)
+    dtype = getattr(torch, config.dtype)
+    heads = rank_heads(spec, config.tp) if spec.mla is None else rank_latents(spec, config.tp)
     fp8_block = kept_block(spec, config.keeps_fp8)
     kernels = select_kernels(device, library, num_threads, heads, dtype, config.block_size, fp8_block)
     torch.set_num_threads(num_threads if kernels.needs_torch_threads(dtype) else 1)
@@ -101,6 +104,7 @@ class ModelRunner:
         self._decoder: Decoder | None = None
         self._num_blocks = 0
         self._caches: list[LayerCache | LatentCache] = []
+        self._graphs: DecodeGraphs | None = None
         self._host_cache: HostCache | None = None
         self._table = SequenceTable(config.max_num_seqs, config.max_model_len, config.block_size)
         last = groups.next is None
@@ -139,7 +143,7 @@ class ModelRunner:
 
         ``num_swap_blocks``: on the host, beside it.
         """
-        self._caches, self._host_cache = [], None
+        self._caches, self._host_cache, self._graphs = [], None, None
         self._num_blocks = num_blocks
         for _ in stage_layers(self.spec, self.config.pp)[self._stage]:
             self._caches.append(
@@ -147,6 +151,9 @@ class ModelRunner:
             )
         if num_swap_blocks:
             self._host_cache = HostCache(self._caches, num_swap_blocks)
+        if can_capture(self.spec, self.config, self._kernels):
+            assert self._decoder is not None, "load() comes before allocate()"
+            self._graphs = DecodeGraphs(self._decoder, self._caches, self.config, self._device)
 
     def warm_up(self) -> None:
         """Run a prefill and a decode step so that kernels are compiled and memory is touched before requests come.
@@ -190,7 +197,7 @@ class ModelRunner:
         rows, dropped, created = self._table.apply(batch)
         if self._sampler is not None:
             self._sampler.follow(dropped, created)
-        output = self._compute(batch, rows)
+        output = self._compute(batch, rows, step.measure)
         if step.measure:
             self._clock.mark("sample")
             self._timings = self._report(step.step_id)
@@ -209,11 +216,15 @@ class ModelRunner:
         self._kernels.close()
         self._groups.close()
 
-    def _compute(self, batch: GroupBatch, rows: np.ndarray) -> GroupOutput:
+    def _compute(self, batch: GroupBatch, rows: np.ndarray, measure: bool) -> GroupOutput:
         assert self._decoder is not None, "load() comes before execute()"
         tensors = build_step(self._table, rows, batch, self._device) if batch.seq_ids else None
         self._clock.mark("prepare")
-        logits = self._decoder.forward(tensors, self._caches)
+        # A measured step looks between the layers, which a graph does not let it.
+        if self._graphs is not None and tensors is not None and not measure and self._graphs.takes(tensors):
+            logits: torch.Tensor | None = self._graphs.run(tensors)
+        else:
+            logits = self._decoder.forward(tensors, self._caches)
         if logits is None or self._sampler is None:
             return GroupOutput([NO_TOKEN] * len(rows))
         samples = np.asarray(batch.samples, dtype=bool)
