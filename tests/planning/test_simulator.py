@@ -13,12 +13,13 @@ from ridgewalk.placement.hardware import find_hardware
 from ridgewalk.placement.mesh import Mesh, placement_name
 from ridgewalk.placement.model_spec import ModelSpec
 from ridgewalk.planning import planner
+from ridgewalk.planning.at_best import outcome_at_best
 from ridgewalk.planning.load import make_load
 from ridgewalk.planning.planner import Candidate, evaluate, rank
 from ridgewalk.planning.policy import POLICIES
 from ridgewalk.planning.replica_simulation import ReplicaSimulation
 from ridgewalk.planning.shape import ShapeError, enumerate_placements, parse_placement
-from ridgewalk.planning.simulator import Arrival, Outcome, Scene, outcome_at_best, simulate
+from ridgewalk.planning.simulator import Arrival, Outcome, Scene, simulate
 from ridgewalk.planning.verdict import reason
 from ridgewalk.routing.latency_slo import LatencySlo
 
@@ -103,8 +104,17 @@ def test_kv_bounds_what_is_possible_at_best(policy: str) -> None:
         best, found = (each(situation, parse_placement(name)) for each in (outcome_at_best, simulate))
         assert best.at_best == "kv"
         one_s = best.logs[0].end_s
-        assert best.makespan_s == pytest.approx(300 * (500 + 1499 / 2) * one_s / best.kv_capacity_tokens)
-        assert one_s < best.makespan_s < found.makespan_s
+        held = 300 * (500 + 1499 / 2) / best.kv_capacity_tokens  # KV caches full, of requests each of which is alone
+        assert one_s < held * one_s < best.makespan_s < found.makespan_s
+
+
+@pytest.mark.parametrize("placement", ["PP2xTP4", "DP2xPP2xTP2", "DP2xPP2xTP2xEP4", "2xPP2xTP2xEP2"])
+@pytest.mark.parametrize("limits", [{"memory_share": 0.2}, {"max_num_seqs": 6}])
+def test_steps_bound_what_is_possible_at_best(placement: str, limits: dict[str, float]) -> None:
+    arrivals = [Arrival(0.0, 20 + 11 * at % 400, 30 + (at * 97) % 700) for at in range(120)]
+    situation = scene(arrivals, model="mixtral-8x7b", **limits)
+    best, found = (each(situation, parse_placement(placement)) for each in (outcome_at_best, simulate))
+    assert found.makespan_s / 4 < best.makespan_s < found.makespan_s
 
 
 def test_the_verdict_on_a_bound_names_what_it_is_made_of() -> None:

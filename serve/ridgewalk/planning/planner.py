@@ -15,8 +15,9 @@ from ridgewalk.placement.hardware import HardwareSpec
 from ridgewalk.placement.memory import MemoryPlanError
 from ridgewalk.placement.mesh_fit import mesh_problem
 from ridgewalk.placement.model_spec import ModelSpec
+from ridgewalk.planning.at_best import outcome_at_best
 from ridgewalk.planning.shape import Placement, enumerate_placements
-from ridgewalk.planning.simulator import Outcome, Scene, memory_of, outcome_at_best, shared, simulate
+from ridgewalk.planning.simulator import Outcome, Scene, memory_of, shared, simulate
 from ridgewalk.routing.latency_slo import NO_SLO, LatencySlo
 
 Objective = Literal["throughput", "goodput"]
@@ -87,21 +88,15 @@ def _simulate_in(
     """The longest first: larger batches cost more to simulate, and so do more stages."""
     waiting = sorted(placements, key=lambda each: min((-shape.mesh.pp, shape.replicas) for shape in each.shapes))
     late = [] if needed is None else [each for each in waiting if _has_stages(each) and each.name not in needed]
-    found: dict[Placement, Candidate] = {}
-
-    def run(chosen: Sequence[Placement]) -> None:
-        futures = [(placement, pool.submit(simulate, scene, placement)) for placement in chosen]
-        found.update((placement, Candidate(placement, future.result())) for placement, future in futures)
-
-    run([each for each in waiting if each not in late])
+    futures = {each: pool.submit(simulate, scene, each) for each in waiting if each not in late}
+    bounds = {each: pool.submit(outcome_at_best, scene, each) for each in late}  # short: they fill what cores are idle
+    found = {placement: Candidate(placement, future.result()) for placement, future in futures.items()}
     shortest = min((each.outcome.makespan_s for each in found.values() if each.outcome is not None), default=math.inf)
-    at_best = {placement: outcome_at_best(scene, placement) for placement in late}
-    found.update(
-        (placement, Candidate(placement, outcome))
-        for placement, outcome in at_best.items()
-        if outcome.makespan_s >= shortest
-    )
-    run([each for each in late if each not in found])
+    at_best = {placement: future.result() for placement, future in bounds.items()}
+    possible = [placement for placement, outcome in at_best.items() if outcome.makespan_s < shortest]
+    futures = {each: pool.submit(simulate, scene, each) for each in possible}
+    found.update((placement, Candidate(placement, outcome)) for placement, outcome in at_best.items())
+    found.update((placement, Candidate(placement, future.result())) for placement, future in futures.items())
     return found
 
 

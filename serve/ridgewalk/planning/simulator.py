@@ -9,7 +9,7 @@ from statistics import median
 from typing import Literal
 
 from ridgewalk.engine.scheduler_config import SchedulerConfig
-from ridgewalk.placement.cost_model import CostModel, GroupLoad
+from ridgewalk.placement.cost_model import CostModel
 from ridgewalk.placement.hardware import HardwareSpec
 from ridgewalk.placement.memory import BudgetSource, MemoryPlan, plan_memory
 from ridgewalk.placement.model_spec import ModelSpec
@@ -161,58 +161,6 @@ def _router(scene: Scene, replicas: Sequence[ReplicaSimulation]) -> SimulatedRou
     if scene.policy.routing is None:
         return VllmBalancer(replicas)
     return SimulatedRouter(make_policy(scene.policy.routing, scene.max_model_len), replicas, scene.slo)
-
-
-def outcome_at_best(scene: Scene, placement: Placement) -> Outcome:
-    """What no simulation of the placement can exceed.
-
-    A request gets its next token when the step of the last has crossed host and stages, and no such step is shorter
-    than that of the request alone: no term of a step's time falls when its load grows. So each takes at least as long
-    as this, and the makespan is at least the time of the longest, that of all of them over the seats (``max_num_seqs``
-    of each attention group), and the KV that they hold times the time for which they do over the capacity for it.
-    What a request holds and how long a step of it takes grow together, so the product of their means, the prompt with
-    half of the output and the mean step, is no more than what it takes.
-
-    Raises:
-        MemoryPlanError: a shape does not fit.
-    """
-    scene = shared(scene, placement)
-    capacity, seats, fastest = 0, 0, [math.inf] * len(scene.arrivals)
-    for shape in placement.shapes:
-        capacity += shape.replicas * shape.mesh.dp * memory_of(scene, shape).kv_tokens
-        seats += shape.replicas * shape.mesh.dp * scene.policy.max_num_seqs
-        cost = CostModel(scene.spec, shape.mesh, scene.hardware)
-        for index, arrival in enumerate(scene.arrivals):
-            # Attention takes time in proportion to the context, so that its mean decides.
-            context = arrival.prompt_length + (arrival.output_length - 1) / 2
-            alone = GroupLoad(1, 1, context, context)
-            stages = cost.stage_times([alone, *[GroupLoad()] * (shape.mesh.dp - 1)])
-            host_s, ranks_s = cost.host_s(1), sum(stage.total for stage in stages)
-            token_s = max(host_s, ranks_s) if scene.host_overlaps else host_s + ranks_s
-            fastest[index] = min(fastest[index], token_s)
-    logs = [RequestLog(arrival.time_s, arrival.output_length) for arrival in scene.arrivals]
-    for log, token_s in zip(logs, fastest, strict=True):
-        log.first_token_s = log.arrival_s + token_s
-        log.end_s = log.arrival_s + log.output_length * token_s
-    times_s = [log.end_s - log.arrival_s for log in logs]
-    held = [arrival.prompt_length + (arrival.output_length - 1) / 2 for arrival in scene.arrivals]
-    kv_time = sum(tokens * time_s for tokens, time_s in zip(held, times_s, strict=True))
-    bounds: dict[AtBest, float] = {
-        "stages": max(log.end_s for log in logs) - scene.arrivals[0].time_s,
-        "seats": sum(times_s) / seats,
-        "kv": kv_time / capacity,
-    }
-    decisive = max(bounds, key=lambda name: bounds[name])
-    return Outcome(
-        makespan_s=bounds[decisive],
-        output_tokens=sum(log.output_length for log in logs),
-        logs=tuple(logs),
-        kv_capacity_tokens=capacity,
-        preemptions=0,
-        recomputed_tokens=0,
-        spent_s={},
-        at_best=decisive,
-    )
 
 
 def _scheduler_config(scene: Scene, shape: Shape, memory: MemoryPlan) -> SchedulerConfig:
