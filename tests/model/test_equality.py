@@ -307,12 +307,16 @@ def test_cache_takes_the_bytes_that_were_planned(checkpoint, start, family, mesh
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("family", ["qwen3", "deepseek-v3"])
 def test_narrow_dtypes_are_as_close_to_fp32_as_transformers(checkpoint, start, family, dtype):
+    assert_as_close(checkpoint(family), family, start(family, 2, dtype=dtype), dtype)
+
+
+def assert_as_close(checkpoint, family, driver, dtype):
     params = SamplingParams(max_tokens=99, temperature=0.0, logprobs=0)
-    sequence = start(family, 2, dtype=dtype).generate(prompt_of(30), 40, params)
-    narrow = copy.deepcopy(checkpoint(family).reference).to(getattr(torch, dtype))
+    sequence = driver.generate(prompt_of(30), 40, params)
+    narrow = copy.deepcopy(checkpoint.reference).to(getattr(torch, dtype))
     with torch.inference_mode():
         theirs = narrow(torch.tensor([sequence.token_ids])).logits[0].float()
-    exact, theirs = (torch.log_softmax(x, dim=-1) for x in (checkpoint(family).logits(sequence.token_ids), theirs))
+    exact, theirs = (torch.log_softmax(x, dim=-1) for x in (checkpoint.logits(sequence.token_ids), theirs))
     rows, tokens = torch.arange(29, 69), torch.tensor(sequence.output)
     ours = torch.tensor([reported.logprob for reported in sequence.logprobs])
     # One router that decides otherwise, which happens to both, moves a mean far.
@@ -345,17 +349,33 @@ def test_on_cuda_every_family_equals_transformers(checkpoint, start, family):
 
 @pytest.mark.gpu
 @on_cuda
-@pytest.mark.parametrize("family", ["qwen3", "mixtral"])
-def test_on_cuda_captured_steps_of_any_size_equal_transformers(checkpoint, start, family):
-    """Sequences end one by one, so that graphs of several sizes run, with and without padding."""
-    driver = start(family, device="cuda", max_num_seqs=16)
-    sequences = [new_sequence(i, 1 + 5 * i) for i in range(12)]
+@pytest.mark.parametrize(("family", "captured"), [("qwen3", True), ("mixtral", False), ("deepseek-v3", False)])
+def test_on_cuda_captured_steps_of_any_size_equal_transformers(checkpoint, start, family, captured):
+    """Sequences end one by one, so that graphs of several sizes run, with and without padding; one is long.
+
+    Experts in FP32 wait for the host and latents have no padding, so that their steps are not captured.
+    """
+    driver = start(family, device="cuda", max_num_seqs=16, max_model_len=900)
+    driver.ranks.on_every_rank("warm_up")
+    runner = driver.ranks.runners[0]
+    assert runner.num_captured == (5 if captured else 0)
+    sequences = [new_sequence(i, 1 + 5 * i) for i in range(11)] + [new_sequence(11, 700)]
     driver.step(sequences)
-    for running in range(12, 0, -1):
-        driver.step(sequences[:running])
-        driver.step(sequences[:running])
+    for running in range(12):
+        driver.step(sequences[running:])
+        driver.step(sequences[running:])
     for sequence in sequences:
         assert_greedy(checkpoint(family), sequence)
+
+
+@pytest.mark.gpu
+@on_cuda
+@pytest.mark.parametrize("family", ["qwen3", "mixtral", "deepseek-v3"])
+def test_on_cuda_bfloat16_is_as_close_to_fp32_as_transformers(checkpoint, start, family):
+    driver = start(family, device="cuda", dtype="bfloat16")
+    driver.ranks.on_every_rank("warm_up")
+    assert (driver.ranks.runners[0].num_captured > 0) == (family != "deepseek-v3")
+    assert_as_close(checkpoint(family), family, driver, "bfloat16")
 
 
 @pytest.mark.gpu

@@ -117,6 +117,23 @@ def test_steps_bound_what_is_possible_at_best(placement: str, limits: dict[str, 
     assert found.makespan_s / 4 < best.makespan_s < found.makespan_s
 
 
+@pytest.mark.parametrize(
+    ("model", "placement", "long", "short", "count"),
+    [
+        ("qwen2.5-14b", "PP4", (100_000, 3000), (10, 3000), 7),
+        ("qwen2.5-14b", "PP8", (100_000, 3000), (10, 3000), 7),
+        ("mixtral-8x7b", "DP2xPP2xTP2xEP4", (30_000, 2000), (10, 2000), 1),
+    ],
+)
+def test_a_long_request_beside_short_ones_is_within_the_bound(
+    model: str, placement: str, long: tuple[int, int], short: tuple[int, int], count: int
+) -> None:
+    """The micro-batches of a pipeline are simulated as equal, so that the short ones carry a part of its context."""
+    situation = scene([Arrival(0.0, *long), *[Arrival(0.0, *short)] * count], model=model, max_num_seqs=64)
+    best, found = (each(situation, parse_placement(placement)) for each in (outcome_at_best, simulate))
+    assert best.makespan_s < found.makespan_s
+
+
 def test_the_verdict_on_a_bound_names_what_it_is_made_of() -> None:
     group, pipeline = (parse_placement(name) for name in ("TP8", "PP2xTP4"))
     scarce = replace(POLICIES["vllm"], memory_share=0.06)

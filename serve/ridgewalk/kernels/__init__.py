@@ -1,1 +1,1 @@
-"""Kernels of the decoder layers: the torch reference, C++ for the CPU, FlashAttention on CUDA."""
+"""Kernels of the decoder layers: the torch reference, C++ for the CPU, Triton for GPUs."""

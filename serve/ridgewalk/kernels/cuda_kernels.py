@@ -12,7 +12,8 @@ from ridgewalk.kernels.torch_kernels import TorchKernels
 class TritonKernels(TorchKernels):
     """`TorchKernels` but for what Triton does in fewer passes over memory. Make it with `probe_triton` only.
 
-    A slot below zero is not written and a sequence of no keys attends to nothing: so are rows that pad a step.
+    A slot below zero is not written by `rotate_and_cache`, and a sequence of no keys attends to nothing: so are rows
+    that pad a captured step. (`latent_rotate_and_cache` is torch's, for which -1 is the last slot.)
     """
 
     name = "triton"

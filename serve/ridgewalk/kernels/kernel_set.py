@@ -61,7 +61,7 @@ class KernelSet(ExpertKernels, LatentKernels, Protocol):
     """Kernels of one device. ``T`` is the tokens of the step, over all its sequences, one after the other."""
 
     name: str
-    takes_padding: bool  # whether a step may hold rows of no sequence: slot -1, no keys
+    takes_padding: bool  # whether `rotate_and_cache` and `attention` take rows of no sequence: slot -1, no keys
 
     def close(self) -> None:
         """End the threads. Nothing may be called any more."""

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 
 import torch
 
 from ridgewalk.kernels.block_scales import Fp8Linear, block_linear
-from ridgewalk.kernels.cuda_kernels import TritonKernels
 from ridgewalk.kernels.kernel_set import DrawRules, HeadLayout
 from ridgewalk.kernels.latent_kernels import LatentLayout
 from ridgewalk.kernels.torch_kernels import TorchKernels
@@ -19,7 +19,10 @@ Pairs = list[tuple[torch.Tensor, torch.Tensor]]
 """What Triton's kernels computed, and what the reference did."""
 
 WIDTH = 320
-"""Of the rows that norms and gates are tried on."""
+"""Of the rows that norms, gates and draws are tried on."""
+
+LONGEST = 700
+"""Keys of the decode step that attention is tried on: several programs share them."""
 
 
 def probe_triton(
@@ -31,9 +34,12 @@ def probe_triton(
 ) -> TorchKernels:
     """`TritonKernels` if they compute on this machine what the reference does, for heads of this shape, else those.
 
-    Triton compiles a kernel when it is first called, for which it needs a C compiler.
+    Triton comes with torch for CUDA. It compiles a kernel when it is first called, for which it needs a C compiler and
+    Python's header files.
     """
     try:
+        from ridgewalk.kernels.cuda_kernels import TritonKernels  # Triton may be missing
+
         if _agree(TritonKernels(), heads, dtype, block_size, device):
             return TritonKernels(fp8_linear)
         reason = "their results differ from the reference's"
@@ -81,9 +87,15 @@ def _layers(both: tuple[TorchKernels, TorchKernels], normal: Callable[..., torch
 def _drawn(
     both: tuple[TorchKernels, TorchKernels], normal: Callable[..., torch.Tensor]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    logits, half = 4 * normal(4, WIDTH), torch.full((4,), 0.5, dtype=torch.float64)
-    top_p = torch.tensor([1.0, 0.9, 0.8, 1.0], dtype=torch.float64)
-    rules = DrawRules(torch.tensor([1.0, 0.7, 1.0, 0.0]), torch.tensor([20, 0, 9, 0]), top_p, half / 100, half)
+    """Each rule by itself and together, at places all along the distribution: a cut in the wrong place shows."""
+    count = 5
+    temperature, top_k = torch.tensor([1.0, 0.7, 1.0, 1.0, 0.0]), torch.tensor([20, 0, 9, 0, 0])
+    top_p = torch.tensor([1.0, 0.9, 0.8, 1.0, 1.0], dtype=torch.float64)
+    min_p = torch.tensor([0.0, 0.0, 0.0, 0.05, 0.0], dtype=torch.float64)
+    fields = (field.repeat_interleave(count) for field in (temperature, top_k, top_p, min_p))
+    uniform = (torch.arange(count, dtype=torch.float64).repeat(len(top_k)) + 0.43) / count
+    logits = 2 * normal(len(top_k), WIDTH).repeat_interleave(count, dim=0)
+    rules = DrawRules(*fields, uniform)
     return _pair(k.draw(logits, rules) for k in both)
 
 
@@ -108,28 +120,48 @@ def _rotation(
 def _attention(
     both: tuple[TorchKernels, TorchKernels], normal: Callable[..., torch.Tensor], heads: HeadLayout, block_size: int
 ) -> Pairs:
-    keys, values = (normal(8, block_size, heads.num_kv_heads, heads.head_dim) for _ in range(2))
+    batch = _batch(block_size, normal(1).device)
+    keys, values = (normal(batch.num_blocks, block_size, heads.num_kv_heads, heads.head_dim) for _ in range(2))
     query = normal(4, heads.num_heads, heads.head_dim)
-    starts, used, table = _batch(block_size, query.device)
-    options = {"scale": heads.head_dim**-0.5, "seqused_k": used, "block_table": table}
-    return [_pair(k.attention(query, keys, values, starts, 3, 3 * block_size - 1, **options) for k in both)]
+    options = {"scale": heads.head_dim**-0.5, "seqused_k": batch.used, "block_table": batch.table}
+    return [_pair(k.attention(query, keys, values, batch.starts, 3, LONGEST, **options) for k in both)]
 
 
 def _latent_attention(
     both: tuple[TorchKernels, TorchKernels], normal: Callable[..., torch.Tensor], heads: LatentLayout, block_size: int
 ) -> Pairs:
-    cache, query = normal(8, block_size, heads.latent_dim), normal(4, heads.num_heads, heads.latent_dim)
-    starts, used, table = _batch(block_size, query.device)
-    options = {"scale": heads.latent_dim**-0.5, "seqused_k": used, "block_table": table, "value_dim": heads.value_dim}
-    return [_pair(k.latent_attention(query, cache, starts, 3, 3 * block_size - 1, **options) for k in both)]
+    batch = _batch(block_size, normal(1).device)
+    cache, query = (
+        normal(batch.num_blocks, block_size, heads.latent_dim),
+        normal(4, heads.num_heads, heads.latent_dim),
+    )
+    options = {"scale": heads.latent_dim**-0.5, "seqused_k": batch.used, "block_table": batch.table}
+    return [
+        _pair(
+            k.latent_attention(query, cache, batch.starts, 3, LONGEST, value_dim=heads.value_dim, **options)
+            for k in both
+        )
+    ]
 
 
-def _batch(block_size: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """A prefill of three tokens beside a decode step, in eight blocks."""
-    starts = torch.tensor([0, 3, 4], dtype=torch.int32, device=device)
-    used = torch.tensor([block_size + 3, 3 * block_size - 1], dtype=torch.int32, device=device)
-    table = torch.tensor([[6, 1, 2, 4], [3, 0, 7, 5]], dtype=torch.int32, device=device)
-    return starts, used, table
+@dataclass(frozen=True)
+class _Batch:
+    num_blocks: int
+    starts: torch.Tensor
+    used: torch.Tensor
+    table: torch.Tensor
+
+
+def _batch(block_size: int, device: torch.device) -> _Batch:
+    """A prefill of three tokens beside a decode step over so many keys that several programs share them."""
+    width = -(-LONGEST // block_size)
+    order = torch.randperm(2 * width, generator=torch.Generator().manual_seed(1))
+    return _Batch(
+        2 * width,
+        torch.tensor([0, 3, 4], dtype=torch.int32, device=device),
+        torch.tensor([block_size + 3, LONGEST], dtype=torch.int32, device=device),
+        order.view(2, width).to(device, torch.int32),
+    )
 
 
 def _pair(results: Iterable[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:

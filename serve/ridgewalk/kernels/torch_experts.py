@@ -1,4 +1,4 @@
-"""The kernels of a sparse layer in torch's operations: the reference, and what CUDA runs."""
+"""The kernels of a sparse layer in torch's operations: the reference, and what GPUs run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The kernels of multi-head latent attention in torch's operations: the reference, and what CUDA runs."""
+"""The kernels of multi-head latent attention in torch's operations: the reference."""
 
 from __future__ import annotations
 

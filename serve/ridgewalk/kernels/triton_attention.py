@@ -1,4 +1,9 @@
-"""Paged attention on CUDA in Triton: one kernel for prefills and decode steps, plain heads and absorbed latents."""
+"""Paged attention on CUDA in Triton: one kernel for prefills and decode steps, plain heads and absorbed latents.
+
+Why not torch's own `varlen_attn`: over a block table it needs FlashAttention 3 or 4, which torch does not bring, and
+neither is made for latents. Triton comes with torch. Decode steps, which reasoning consists of, read the cache at
+three quarters of the memory's peak; prefills of long prompts would be faster with FlashAttention.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +14,14 @@ import triton
 import triton.language as tl
 
 SPLIT_KEYS = 256
-"""Keys of a decoding sequence that a program takes: always so many, so that a result does not hang on the batch."""
+"""Keys of a decoding sequence that are worth a program of their own."""
+
+PROGRAMS = 1024
+"""Few sequences are divided over so many programs: several for each multiprocessor."""
+
+MIN_SPLITS, MAX_SPLITS = 8, 64
+"""Programs that share one decoding sequence. Not fewer among many sequences, for one may be long beside short ones; and
+not as many as its keys would make, for every sequence is given as many programs, and places for their results."""
 
 MERGED_AT_ONCE = 16
 """Partial results that a program adds up in one go."""
@@ -53,7 +65,7 @@ def paged_attention(
         value_cache: ``[num_blocks, block_size, num_kv_heads, value_dim]``; None: values are the beginning of keys.
         cu_seqlens_q: see `KernelSet.attention`, as for the others.
         max_seqlen_q: with 1 every sequence decodes.
-        max_seqlen_k: at least the longest; decides over how many programs keys are divided.
+        max_seqlen_k: at least the longest; as many programs as are worth its keys share a sequence at most.
         value_dim: of a head; with a value cache it is ``key_dim``.
         scale: of the scores.
         seqused_k: of each sequence.
@@ -80,7 +92,7 @@ def _prefill(
     table: torch.Tensor,
 ) -> None:
     group = query.shape[1] // keys.shape[2]
-    tile = _prefill_tile(query.dtype, query.shape[2])
+    tile = _prefill_tile(query.dtype, query.shape[2], _has_large_shared_memory(query.device))
     heads = min(triton.next_power_of_2(group), tile.rows)
     queries, head_blocks = tile.rows // heads, triton.cdiv(group, heads)
     # Block b of sequence i is the program `starts[i] // queries + i + b`: never fewer programs than blocks.
@@ -113,11 +125,12 @@ def _decode(
     num_heads, value_dim = out.shape[1:]
     group = num_heads // keys.shape[2]
     heads = min(triton.next_power_of_2(group), 16)
-    splits = triton.cdiv(max_seqlen_k, SPLIT_KEYS)
+    head_blocks = keys.shape[2] * triton.cdiv(group, heads)
+    splits = num_splits(len(used) * head_blocks, max_seqlen_k)
     partial = torch.empty((len(used), num_heads, splits, value_dim), dtype=torch.float32, device=query.device)
     weights = torch.empty((len(used), num_heads, splits), dtype=torch.float32, device=query.device)
     tile = _decode_tile(query.dtype, query.shape[2])
-    _attend[(len(used), keys.shape[2] * triton.cdiv(group, heads), splits)](
+    _attend[(len(used), head_blocks, splits)](
         *_pointers(partial, weights, query, keys, values, starts, used, table),
         scale * LOG2_E,
         len(used),
@@ -144,10 +157,25 @@ def _decode(
     )
 
 
-def _prefill_tile(dtype: torch.dtype, key_dim: int) -> _Tile:
+def num_splits(programs: int, max_seqlen_k: int) -> int:
+    """Programs that share each decoding sequence, of which there would be ``programs`` undivided."""
+    wanted = min(max(PROGRAMS // max(programs, 1), MIN_SPLITS), MAX_SPLITS)
+    return max(1, min(wanted, triton.cdiv(max_seqlen_k, SPLIT_KEYS)))
+
+
+def _prefill_tile(dtype: torch.dtype, key_dim: int, large: bool) -> _Tile:
     if key_dim > 256:
-        return _Tile(16, 16, 4, 1) if dtype == torch.float32 else _Tile(32, 32, 8, 2)
-    return _Tile(32, 32, 4, 1) if dtype == torch.float32 else _Tile(128 if key_dim <= 128 else 64, 64, 4, 3)
+        return _Tile(16, 16, 4, 1) if dtype == torch.float32 else _Tile(32 if large else 16, 32, 8, 2 if large else 1)
+    if dtype == torch.float32:
+        return _Tile(32, 32, 4, 1)
+    return _Tile(128, 64, 4, 3) if large and key_dim <= 128 else _Tile(64, 64 if key_dim <= 128 else 32, 4, 2)
+
+
+def _has_large_shared_memory(device: torch.device) -> bool:
+    """Whether a block may have what data centers' GPUs have (160 KiB and more), and not 99 KiB as consumers'."""
+    if device.type != "cuda":
+        return True
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin >= 160 * 1024
 
 
 def _decode_tile(dtype: torch.dtype, key_dim: int) -> _Tile:
@@ -200,6 +228,12 @@ def _constants(
 def _padded(dim: int) -> int:
     """A product's operands have powers of two, 16 at least."""
     return max(16, triton.next_power_of_2(dim))
+
+
+@triton.jit
+def _share(length, num_splits, SPLIT: tl.constexpr):
+    """Keys of each program that has any, in whole tiles."""
+    return tl.maximum(tl.cdiv(tl.cdiv(length, num_splits), 64) * 64, SPLIT)
 
 
 @triton.jit
@@ -262,8 +296,9 @@ def _attend(
     length = tl.load(used + sequence)
     if DECODE:
         first_query = 0
-        first_key = split * SPLIT
-        end = tl.minimum(first_key + SPLIT, length)
+        share = _share(length, tl.num_programs(2), SPLIT)
+        first_key = split * share
+        end = tl.minimum(first_key + share, length)
         if (count != 1) | (first_key >= end):  # a prefill, or no keys left
             return
     else:
@@ -351,7 +386,8 @@ def _merge(
     start = tl.load(starts + sequence)
     if tl.load(starts + sequence + 1) - start != 1:
         return
-    count = tl.cdiv(tl.load(used + sequence), SPLIT)
+    length = tl.load(used + sequence)
+    count = tl.cdiv(length, _share(length, num_splits, SPLIT))
     dim = tl.arange(0, BLOCK_D)
     first_place = (sequence * num_heads + head).to(tl.int64) * num_splits
     best = float("-inf")

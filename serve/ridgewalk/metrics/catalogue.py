@@ -203,7 +203,8 @@ EXPERT_LOAD_IMBALANCE = _replica(
 )  # fmt: skip
 STEP_SECONDS = _replica(
     "step_seconds", "summary",
-    "Step time by phase; the phases of a rank add up to its step, so shares are taken over the same steps.",
+    "Step time by phase; the phases of a rank add up to its step, so shares are taken over the same steps. On one GPU "
+    "other decode steps are CUDA graphs and take less.",
     "phase", "rank", "sampled", unit="seconds",
 )  # fmt: skip
 MODEL_FLOPS_UTILIZATION = _replica(

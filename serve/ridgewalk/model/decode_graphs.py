@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
-from dataclasses import dataclass
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -17,34 +19,33 @@ from ridgewalk.placement.model_spec import ModelSpec
 
 logger = logging.getLogger(__name__)
 
-FIRST_CONTEXT = 1024
-"""Tokens that the shortest graphs have room for; each next kind has room for four times more."""
-
 MOST_SEQUENCES = 512
 """Of a captured step; larger ones keep the device busy for longer than launching takes."""
 
 
 def can_capture(spec: ModelSpec, config: RunnerConfig, kernels: KernelSet) -> bool:
-    """Whether steps of a rank can be captured: nothing in them waits for the host or for another rank.
+    """Whether steps of a rank may be captured.
 
-    So not with expert parallelism, whose ranks tell each other how much they send; and not with several ranks at all,
-    which has not been tried. The cache of latents has no kernel that takes padding.
+    Not those of several ranks: with expert parallelism they tell each other how much they send, and others have not
+    been tried. The cache of latents has no kernel that takes padding.
     """
     return config.mesh.world_size == 1 and kernels.takes_padding and spec.mla is None
 
 
 @dataclass(frozen=True)
 class _Captured:
+    """A graph and what it reads; its logits are in the buffer that all share."""
+
     graph: torch.cuda.CUDAGraph
     inputs: StepTensors
-    logits: torch.Tensor
 
 
 class DecodeGraphs:
-    """Captured decode steps of one rank, by number of sequences and longest context.
+    """Captured decode steps of one rank, by number of sequences.
 
-    A graph is captured when a step first needs it, which takes as long as a few steps. A smaller step fills the rest of
-    its rows with padding: no slot to write to and no keys to read.
+    A smaller step fills the rest of its rows with padding: no slot to write to and no keys to read. Inputs and logits
+    are parts of buffers that all graphs share, and so is the memory in between, for one graph runs at a time. What they
+    keep, some hundred MiB, is in what the KV cache leaves of the device.
     """
 
     def __init__(
@@ -57,72 +58,74 @@ class DecodeGraphs:
         self._decoder = decoder
         self._caches = caches
         self._device = device
-        self._block_size = config.block_size
-        self._max_model_len = config.max_model_len
-        self._max_num_seqs = min(config.max_num_seqs, MOST_SEQUENCES)
-        self._captured: dict[tuple[int, int], _Captured] = {}
-        self._pool: tuple[int, int] | None = None
-        self._captures = True
+        self._most = padded_batch(min(config.max_num_seqs, MOST_SEQUENCES))
+        self._inputs = _padding(self._most, config.max_model_len, config.block_size, device)
+        self._logits: torch.Tensor | None = None
+        self._captured: dict[int, _Captured] = {}
+
+    def __len__(self) -> int:
+        return len(self._captured)
+
+    def capture(self) -> None:
+        """Capture steps of all sizes, the largest first, whose memory serves the others.
+
+        Where a step waits for the host, as experts in FP8 do, none is captured.
+
+        Raises:
+            torch.OutOfMemoryError: the KV cache leaves no room.
+        """
+        stream = torch.cuda.Stream(self._device)
+        stream.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(stream):
+            # A capture that fails leaves the allocator and the stream in a state of their own, so it is known before.
+            if reason := self._what_waits():
+                logger.info("decode steps are not captured: %s", reason)
+                return
+            pool = torch.cuda.graph_pool_handle()
+            for batch in sorted({padded_batch(count) for count in range(1, self._most + 1)}, reverse=True):
+                inputs = _first_rows(self._inputs, batch)
+                self._forward(inputs)  # what is set up at a first call must not be captured
+                graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(graph, pool=pool, stream=stream):
+                    self._forward(inputs)
+                self._captured[batch] = _Captured(graph, inputs)
+        torch.cuda.current_stream(self._device).wait_stream(stream)
 
     def takes(self, step: StepTensors) -> bool:
         """Whether a step is one of those that are captured."""
         return (
-            self._captures
-            and step.max_seqlen_q == 1
+            step.max_seqlen_q == 1
             and step.sampled_tokens is None
-            and step.num_sampled == len(step.token_ids) <= self._max_num_seqs
+            and step.num_sampled == len(step.token_ids)
+            and padded_batch(step.num_sampled) in self._captured
         )
 
-    def run(self, step: StepTensors) -> torch.Tensor | None:
-        """Logits of a step that `takes` took: ``[num_sampled, vocab]``, overwritten by the next run.
-
-        A step that cannot be captured (experts in FP8 or FP32 wait for the host, or memory is short) is computed as
-        any other, and no further one is captured.
-        """
-        count = len(step.token_ids)
-        key = padded_batch(count), padded_context(step.max_seqlen_k, self._max_model_len)
-        captured = self._captured.get(key)
-        if captured is None:
-            try:
-                captured = self._captured[key] = self._capture(*key)
-            except RuntimeError as error:
-                logger.info("decode steps are not captured any more: %s", str(error).splitlines()[0])
-                self._captures = False
-                return self._decoder.forward(step, self._caches)
+    def run(self, step: StepTensors) -> torch.Tensor:
+        """Logits of a step that `takes` took: ``[num_sampled, vocab]``, overwritten by the next run."""
+        assert self._logits is not None
+        captured = self._captured[padded_batch(step.num_sampled)]
         _fill(captured.inputs, step)
         captured.graph.replay()
-        return captured.logits[:count]
+        return self._logits[: step.num_sampled]
 
-    def _capture(self, batch: int, context: int) -> _Captured:
-        inputs = self._padding(batch, context)
-        stream = torch.cuda.Stream(self._device)
-        stream.wait_stream(torch.cuda.current_stream(self._device))
-        with torch.cuda.stream(stream):  # what is set up at a first call must not be captured
-            self._decoder.forward(inputs, self._caches)
-        torch.cuda.current_stream(self._device).wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
-            logits = self._decoder.forward(inputs, self._caches)
+    def _forward(self, inputs: StepTensors) -> None:
+        logits = self._decoder.forward(inputs, self._caches)
         assert logits is not None
-        self._pool = graph.pool()
-        return _Captured(graph, inputs, logits)
+        if self._logits is None:
+            self._logits = torch.empty_like(logits)
+        self._logits[: len(logits)].copy_(logits)
 
-    def _padding(self, batch: int, context: int) -> StepTensors:
-        def full(value: int, *shape: int, dtype: torch.dtype = torch.int64) -> torch.Tensor:
-            return torch.full(shape, value, dtype=dtype, device=self._device)
-
-        return StepTensors(
-            token_ids=full(0, batch),
-            positions=full(0, batch),
-            slot_mapping=full(-1, batch),
-            cu_seqlens_q=torch.arange(batch + 1, dtype=torch.int32, device=self._device),
-            seqused_k=full(0, batch, dtype=torch.int32),
-            block_table=full(0, batch, -(-context // self._block_size), dtype=torch.int32),
-            max_seqlen_q=1,
-            max_seqlen_k=context,
-            sampled_tokens=None,
-            num_sampled=batch,
-        )
+    def _what_waits(self) -> str:
+        """What in a step waits for the device, if anything does."""
+        self._forward(self._inputs)
+        try:
+            with _waiting_is_an_error():
+                self._forward(self._inputs)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            return (str(error) or type(error).__name__).splitlines()[0]
+        return ""
 
 
 def padded_batch(count: int) -> int:
@@ -133,21 +136,56 @@ def padded_batch(count: int) -> int:
     return -(-count // step) * step
 
 
-def padded_context(length: int, max_model_len: int) -> int:
-    """Tokens that the graph for a longest context of ``length`` has room for."""
-    context = FIRST_CONTEXT
-    while context < length:
-        context *= 4
-    return min(context, max_model_len)
+@contextmanager
+def _waiting_is_an_error() -> Iterator[None]:
+    before = torch.cuda.get_sync_debug_mode()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that the mode is a prototype
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+
+
+def _padding(batch: int, max_model_len: int, block_size: int, device: torch.device) -> StepTensors:
+    def full(value: int, *shape: int, dtype: torch.dtype = torch.int64) -> torch.Tensor:
+        return torch.full(shape, value, dtype=dtype, device=device)
+
+    return StepTensors(
+        token_ids=full(0, batch),
+        positions=full(0, batch),
+        slot_mapping=full(-1, batch),
+        cu_seqlens_q=torch.arange(batch + 1, dtype=torch.int32, device=device),
+        seqused_k=full(0, batch, dtype=torch.int32),
+        block_table=full(0, batch, -(-max_model_len // block_size), dtype=torch.int32),
+        max_seqlen_q=1,
+        max_seqlen_k=max_model_len,
+        sampled_tokens=None,
+        num_sampled=batch,
+    )
+
+
+def _first_rows(inputs: StepTensors, count: int) -> StepTensors:
+    return replace(
+        inputs,
+        token_ids=inputs.token_ids[:count],
+        positions=inputs.positions[:count],
+        slot_mapping=inputs.slot_mapping[:count],
+        cu_seqlens_q=inputs.cu_seqlens_q[: count + 1],
+        seqused_k=inputs.seqused_k[:count],
+        block_table=inputs.block_table[:count],
+        num_sampled=count,
+    )
 
 
 def _fill(inputs: StepTensors, step: StepTensors) -> None:
-    count = len(step.token_ids)
+    count = step.num_sampled
     inputs.token_ids[:count].copy_(step.token_ids)
     inputs.positions[:count].copy_(step.positions)
     inputs.slot_mapping[:count].copy_(step.slot_mapping)
     inputs.seqused_k[:count].copy_(step.seqused_k)
     inputs.block_table[:count, : step.block_table.shape[1]].copy_(step.block_table)
-    if count < len(inputs.token_ids):
+    if count < inputs.num_sampled:
         inputs.slot_mapping[count:].fill_(-1)
         inputs.seqused_k[count:].fill_(0)

@@ -20,7 +20,7 @@ class PhaseClock:
     """Adds up seconds by phase; time inside collectives and waits for a stage's input are phases of their own.
 
     The phases add up to the step. Costs nothing while it is not running. On CUDA the moments are events in the stream,
-    so that the device is not stopped to look at it.
+    so that looking does not stop the device (timing a collective does).
     """
 
     def __init__(self, groups: ProcessGroups, device: torch.device) -> None:

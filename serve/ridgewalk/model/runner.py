@@ -121,6 +121,11 @@ class ModelRunner:
         return self._kernels.name
 
     @property
+    def num_captured(self) -> int:
+        """How many sizes of decode steps run as CUDA graphs."""
+        return 0 if self._graphs is None else len(self._graphs)
+
+    @property
     def cache_bytes(self) -> int:
         """Memory of the KV cache."""
         return sum(cache.num_bytes for cache in self._caches)
@@ -151,14 +156,16 @@ class ModelRunner:
             )
         if num_swap_blocks:
             self._host_cache = HostCache(self._caches, num_swap_blocks)
-        if can_capture(self.spec, self.config, self._kernels):
-            assert self._decoder is not None, "load() comes before allocate()"
-            self._graphs = DecodeGraphs(self._decoder, self._caches, self.config, self._device)
 
+    @torch.inference_mode()
     def warm_up(self) -> None:
         """Run a prefill and a decode step so that kernels are compiled and memory is touched before requests come.
 
-        Collective: every rank calls it, before the first step, with the KV cache allocated. Leaves no sequence behind.
+        On CUDA decode steps are captured as well, where they can be. Collective: every rank calls it, before the first
+        step, with the KV cache allocated. Leaves no sequence behind.
+
+        Raises:
+            ValueError: the KV cache leaves no room for what captured steps keep.
         """
         if not self._caches:
             raise RuntimeError("allocate() comes before warm_up()")
@@ -170,6 +177,9 @@ class ModelRunner:
         decode = GroupBatch([-1], [length], [1], [[]], [0], [True], [], [])
         for batch in (prefill, decode, GroupBatch([], [], [], [], [], [], [], [-1])):
             self.execute(StepInput(-1, [batch] * self.config.dp))
+        if self._sampler is not None:
+            self._sampler.warm_up(self._dtype, self._device)
+        self._capture()
         self._idle_seconds = 0.0
         self._reported = self._totals()
 
@@ -215,6 +225,18 @@ class ModelRunner:
         """
         self._kernels.close()
         self._groups.close()
+
+    def _capture(self) -> None:
+        if not can_capture(self.spec, self.config, self._kernels):
+            return
+        assert self._decoder is not None
+        self._graphs = DecodeGraphs(self._decoder, self._caches, self.config, self._device)
+        try:
+            self._graphs.capture()
+        except torch.OutOfMemoryError:
+            raise ValueError(
+                "the KV cache leaves no memory for decode steps as CUDA graphs; lower --memory (or --num-blocks)"
+            ) from None
 
     def _compute(self, batch: GroupBatch, rows: np.ndarray, measure: bool) -> GroupOutput:
         assert self._decoder is not None, "load() comes before execute()"

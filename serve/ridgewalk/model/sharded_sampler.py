@@ -7,6 +7,7 @@ from collections.abc import Iterable
 import numpy as np
 import torch
 
+from ridgewalk.engine.sampling import SamplingParams
 from ridgewalk.engine.step import TokenLogprobs
 from ridgewalk.kernels.kernel_set import KernelSet
 from ridgewalk.model.penalties import TokenCounts, needs_counts
@@ -24,7 +25,8 @@ class ShardedSampler:
 
     def __init__(self, spec: ModelSpec, kernels: KernelSet, tp: Communicator, table: SequenceTable) -> None:
         self._vocab_size = spec.vocab_size
-        self._vocab_start = tp.rank * spec.vocab_size_per_rank(tp.size)
+        self._vocab_size_per_rank = spec.vocab_size_per_rank(tp.size)
+        self._vocab_start = tp.rank * self._vocab_size_per_rank
         self._kernels = kernels
         self._tp = tp
         self._table = table
@@ -64,6 +66,15 @@ class ShardedSampler:
                 return None, None
             logits = gathered.transpose(0, 1).flatten(1)
         return sample(logits[:, : self._vocab_size], [self._describe(row) for row in rows.tolist()], self._kernels)
+
+    def warm_up(self, dtype: torch.dtype, device: torch.device) -> None:
+        """Draw once, so that no request waits until the kernels are compiled: of logits as computed and as edited."""
+        if self._tp.rank != 0:
+            return
+        width = self._vocab_size_per_rank * self._tp.size
+        for each in {dtype, torch.float32}:
+            logits = torch.zeros((1, width), dtype=each, device=device)[:, : self._vocab_size]
+            sample(logits, [SampleRow(SamplingParams(1, top_p=0.5, top_k=2), 0, 0)], self._kernels)
 
     def _describe(self, row: int) -> SampleRow:
         table = self._table

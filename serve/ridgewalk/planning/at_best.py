@@ -57,14 +57,20 @@ def outcome_at_best(scene: Scene, placement: Placement) -> Outcome:
 
 
 def _fastest_tokens(scene: Scene, placement: Placement) -> list[float]:
-    """By arrival: the mean seconds of one token when nothing else runs, on the fastest of the shapes."""
+    """By arrival: the mean seconds of one token when nothing else runs, on the fastest of the shapes.
+
+    A simulation takes the micro-batches of a pipeline, and a group's part of them, for equal: a request that is beside
+    others in others' micro-batches weighs on the steps with its share alone.
+    """
     fastest = [math.inf] * len(scene.arrivals)
     for shape in placement.shapes:
         cost = CostModel(scene.spec, shape.mesh, scene.hardware)
+        micro_batches = min(shape.mesh.pp, len(scene.arrivals))
         for index, arrival in enumerate(scene.arrivals):
             # Attention takes time in proportion to the context, so that its mean decides.
             context = _mean_context(arrival)
-            alone = GroupLoad(1, 1, context, context)
+            tokens, read = 1 if shape.mesh.dp == 1 else 1 / micro_batches, context / micro_batches
+            alone = GroupLoad(tokens, tokens, read, read)
             stages = cost.stage_times([alone, *[GroupLoad()] * (shape.mesh.dp - 1)])
             host_s, ranks_s = cost.host_s(1), sum(stage.total for stage in stages)
             token_s = max(host_s, ranks_s) if scene.host_overlaps else host_s + ranks_s
@@ -78,7 +84,10 @@ def _mean_context(arrival: Arrival) -> float:
 
 
 class _LeastTime(NamedTuple):
-    """No step takes less than ``per_step + per_token * tokens + per_context * cached tokens read``. Seconds."""
+    """No step takes less than ``per_step + per_token * tokens + per_context * cached tokens read``. Seconds.
+
+    As long as the terms that count by token are affine, or convex, in tokens, as `collective_cost` has them.
+    """
 
     per_step: float
     per_token: float
