@@ -137,6 +137,29 @@ def test_a_request_waits_while_the_peak_would_not_fit_although_its_prompt_does()
     assert core.scheduler.counters.num_preemptions == 0
 
 
+@settings(max_examples=25, deadline=None)
+@given(
+    loads=st.lists(st.tuples(st.integers(1, 40), st.integers(1, 80), st.integers(0, 30)), min_size=2, max_size=25),
+    blocks=st.integers(32, 90),
+)
+def test_a_glance_at_the_last_peak_refuses_nobody_who_would_fit(loads: list[tuple[int, int, int]], blocks: int) -> None:
+    """Admission with it and without it admit the same requests at the same steps."""
+    quick, thorough = make_core(num_blocks=blocks), make_core(num_blocks=blocks)
+    thorough.scheduler.admission._exceeds = lambda *asked: False  # type: ignore[attr-defined]
+    waiting = [sorted(loads, key=lambda load: load[2]) for _ in range(2)]
+    step = 0
+    while any(waiting) or quick.has_work:
+        for core, queue in zip((quick, thorough), waiting, strict=True):
+            while queue and queue[0][2] <= step:
+                num_prompt, max_tokens, _ = queue.pop(0)
+                add(core, num_prompt, max_tokens, stop_token_ids=(1,))
+            core.pump()
+        running = [[each.seq_id for each in core.scheduler.groups[0].running] for core in (quick, thorough)]
+        assert running[0] == running[1]
+        step += 1
+    assert not thorough.has_work
+
+
 def test_who_is_almost_done_leaves_room_for_the_next() -> None:
     core = make_core()
     first = add(core, 8, 80)
@@ -197,12 +220,14 @@ def test_forecasts_are_made_when_they_are_due_and_not_at_every_step() -> None:
     assert isinstance(policy, PredictiveAdmission)
     made = []
     forecast = policy._forecast
-    policy._forecast = lambda group: made.append(group) or forecast(group)  # type: ignore[method-assign, func-returns-value]
+    policy._forecast = lambda *asked: made.append(asked) or forecast(*asked)  # type: ignore[method-assign, func-returns-value]
     add(core, 8, 200)
     add(core, 8, 200)
     for _ in range(REFRESH_EVERY * 10):
         core.pump()
-    assert 10 <= len(made) <= 13
+    whole = [asked for asked in made if len(asked) == 1]
+    assert 1 <= len(whole) <= 13
+    assert 1 <= len(made) - len(whole) <= 13  # glances at one time of the grid
 
 
 @settings(max_examples=40, deadline=None)

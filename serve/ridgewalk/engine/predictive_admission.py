@@ -38,6 +38,21 @@ LEAST_SWAP_SHARE = 0.25
 REFRESH_EVERY = 16
 """Steps for which a forecast stands while nobody comes or goes: a block of tokens for each running request."""
 
+ROUNDING = 1e-9
+"""Relative. Sums over one time and over all may round differently: what is this close is looked at as a whole."""
+
+WHOLE = slice(None)
+"""The grid of times."""
+
+
+@dataclass(frozen=True)
+class _Question:
+    """Whether the head of the queue fits. What was answered stands while the same is asked."""
+
+    seq_id: int
+    num_cached: int  # blocks of it
+    num_running: int  # beside it
+
 
 @dataclass
 class _Forecast:
@@ -53,8 +68,10 @@ class _Forecast:
 class PredictiveAdmission:
     """Implements `AdmissionPolicy`.
 
-    Work is bounded: a forecast takes one pass over a group's running requests, and is made when one of them has ended
-    or been preempted and somebody waits, or once in `REFRESH_EVERY` steps; a candidate costs one row of it.
+    Work is bounded: a forecast takes one pass over a group's running requests, and is due when one of them has ended
+    or been preempted and somebody waits, or once in `REFRESH_EVERY` steps; a candidate costs one row of it. Most
+    answers are no, and for that one time at which too much is held is enough: the one where the last peak was is
+    looked at before the others are.
     """
 
     def __init__(
@@ -70,13 +87,15 @@ class PredictiveAdmission:
         swaps = config.num_swap_blocks >= LEAST_SWAP_SHARE * config.num_blocks
         self._margin = margin if margin is not None else MARGIN_WITH_SWAP if swaps else MARGIN
         self._times = length_grid(config.max_model_len, config.block_size, growth)
+        self._times_before = np.concatenate(([-1], self._times[:-1]))
         self._forecasts: dict[AttentionGroup, _Forecast] = {}
-        self._refusals: dict[AttentionGroup, tuple[int, int]] = {}  # the head refused, and how much of it was cached
+        self._peaks_at: dict[AttentionGroup, int] = {}  # where on the grid the last peak was that was asked about
+        self._refusals: dict[AttentionGroup, _Question] = {}
         self._step = 0
         self._learned_at: int | None = None  # None: since the last estimate a request has ended
 
     def prepare(self, groups: Sequence[AttentionGroup], step: int) -> None:
-        """Bring what is known of lengths, and each group's forecast, up to date where it is due."""
+        """Bring what is known of lengths up to date where it is due, and forget the forecasts that stand no more."""
         self._step = step
         if self._learned_at is None or step >= self._learned_at + REFRESH_EVERY:
             self._lengths.refresh([request for group in groups for request in group.running])
@@ -84,25 +103,25 @@ class PredictiveAdmission:
             self._forecasts.clear()
             self._refusals.clear()
         for group in groups:
-            forecast = self._forecasts.get(group)
-            if forecast is None or forecast.num_running != len(group.running):
-                self._forecasts[group] = self._forecast(group)
-                self._refusals.pop(group, None)
+            forecast, refusal = self._forecasts.get(group), self._refusals.get(group)
+            if forecast is not None and forecast.num_running != len(group.running):
+                del self._forecasts[group]
+            if refusal is not None and refusal.num_running != len(group.running):
+                del self._refusals[group]
 
     def admits(self, request: Request, group: AttentionGroup, hit: PrefixHit) -> bool:
         """Whether the predicted peak with the request fits. An idle group always takes it: nobody starves."""
         if not group.running:
             return True
-        if self._refusals.get(group) == (request.seq_id, len(hit.blocks)):
+        question = _Question(request.seq_id, len(hit.blocks), len(group.running))
+        if self._refusals.get(group) == question:
             return False
         forecast = self._forecasts.get(group)
-        if forecast is None or forecast.step != self._step:
-            forecast = self._forecasts[group] = self._forecast(group)
-        mean, variance = self._use([request], [hit.num_shared])
-        fits = self._peak(forecast, mean, variance) <= group.kv.pool.num_blocks
-        if not fits:
-            self._refusals[group] = (request.seq_id, len(hit.blocks))
-        return fits
+        current = forecast is not None and forecast.step == self._step
+        if (not current and self._exceeds(request, group, hit)) or not self._fits(request, group, hit):
+            self._refusals[group] = question
+            return False
+        return True
 
     def on_admitted(self, request: Request, group: AttentionGroup) -> None:
         """Add it to the group's forecast."""
@@ -130,31 +149,53 @@ class PredictiveAdmission:
     def predicted_peaks(self, groups: Sequence[AttentionGroup], step: int) -> list[float | None]:
         """By group, in blocks, the margin included."""
         self.prepare(groups, step)
-        return [self._peak(self._forecasts[group]) for group in groups]
+        for group in groups:
+            if group not in self._forecasts:
+                self._forecasts[group] = self._forecast(group)
+        return [float(self._blocks_over_time(self._forecasts[group]).max()) for group in groups]
 
-    def _forecast(self, group: AttentionGroup) -> _Forecast:
-        mean, variance = self._use(group.running, [request.num_shared_blocks for request in group.running])
+    def _exceeds(self, request: Request, group: AttentionGroup, hit: PrefixHit) -> bool:
+        """Whether too much would be held where the last peak was: then the peak is no less."""
+        index = self._peaks_at.get(group)
+        if index is None:
+            return False
+        span = slice(index, index + 1)
+        blocks = self._blocks_over_time(self._forecast(group, span), *self._use([request], [hit.num_shared], span))
+        return float(blocks[0]) > group.kv.pool.num_blocks * (1 + ROUNDING)
+
+    def _fits(self, request: Request, group: AttentionGroup, hit: PrefixHit) -> bool:
+        forecast = self._forecasts.get(group)
+        if forecast is None or forecast.step != self._step:
+            forecast = self._forecasts[group] = self._forecast(group)
+        blocks = self._blocks_over_time(forecast, *self._use([request], [hit.num_shared]))
+        self._peaks_at[group] = int(blocks.argmax())
+        return float(blocks.max()) <= group.kv.pool.num_blocks
+
+    def _forecast(self, group: AttentionGroup, span: slice = WHOLE) -> _Forecast:
+        mean, variance = self._use(group.running, [request.num_shared_blocks for request in group.running], span)
         owned = sum(len(request.block_ids) - request.num_shared_blocks for request in group.running)
         held = max(0, group.kv.pool.num_used - owned)
         return _Forecast(mean, variance, self._step, len(group.running), held)
 
-    def _peak(self, forecast: _Forecast, mean: Array | float = 0.0, variance: Array | float = 0.0) -> float:
-        use = forecast.mean + mean + self._margin * np.sqrt(forecast.variance + variance)
-        return forecast.held + float(use.max())
+    def _blocks_over_time(self, forecast: _Forecast, mean: Array | float = 0.0, variance: Array | float = 0.0) -> Array:
+        """With the margin, and with one request more."""
+        more = forecast.mean + mean + self._margin * np.sqrt(forecast.variance + variance)
+        blocks: Array = forecast.held + more
+        return blocks
 
-    def _use(self, requests: Sequence[Request], shared: Sequence[int]) -> tuple[Array, Array]:
-        """Mean and variance of the blocks that requests hold over the grid, less those that they share."""
+    def _use(self, requests: Sequence[Request], shared: Sequence[int], span: slice = WHOLE) -> tuple[Array, Array]:
+        """Mean and variance of the blocks that requests hold over a part of the grid, less those that they share."""
         if not requests:
-            return np.zeros(len(self._times)), np.zeros(len(self._times))
+            return np.zeros(len(self._times[span])), np.zeros(len(self._times[span]))
         left = np.array([self._lengths.limit(r) - r.num_output_tokens for r in requests], dtype=np.int64)
         known = np.array([r.num_tokens for r in requests], dtype=np.int64)
-        times = self._times[None, :]
+        times = self._times[None, span]
         last = np.maximum(left - 1, 0)[:, None]  # the last time at which it computes
         tokens = known[:, None] + np.minimum(times, last)
         blocks = -(-tokens // self._config.block_size) - np.array(shared, dtype=np.int64)[:, None]
-        before = np.concatenate(([-1], self._times[:-1]))[None, :]
+        before = self._times_before[None, span]
         # Beyond its last time a request holds nothing; at the grid's next time it is as alive as it was then.
-        alive = np.where(before < last, self._lengths.survival(requests, self._times), 0.0)
+        alive = np.where(before < last, self._lengths.survival(requests, self._times[span]), 0.0)
         use = alive * blocks
         return use.sum(axis=0), (use * (blocks - use)).sum(axis=0)
 
