@@ -116,12 +116,10 @@ class PredictiveAdmission:
         question = _Question(request.seq_id, len(hit.blocks), len(group.running))
         if self._refusals.get(group) == question:
             return False
-        forecast = self._forecasts.get(group)
-        current = forecast is not None and forecast.step == self._step
-        if (not current and self._exceeds(request, group, hit)) or not self._fits(request, group, hit):
+        fits = self._fits(request, group, hit)
+        if not fits:
             self._refusals[group] = question
-            return False
-        return True
+        return fits
 
     def on_admitted(self, request: Request, group: AttentionGroup) -> None:
         """Add it to the group's forecast."""
@@ -166,6 +164,8 @@ class PredictiveAdmission:
     def _fits(self, request: Request, group: AttentionGroup, hit: PrefixHit) -> bool:
         forecast = self._forecasts.get(group)
         if forecast is None or forecast.step != self._step:
+            if self._exceeds(request, group, hit):
+                return False
             forecast = self._forecasts[group] = self._forecast(group)
         blocks = self._blocks_over_time(forecast, *self._use([request], [hit.num_shared]))
         self._peaks_at[group] = int(blocks.argmax())

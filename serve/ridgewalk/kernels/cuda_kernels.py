@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 
 from ridgewalk.kernels import triton_attention, triton_draw, triton_layer
-from ridgewalk.kernels.kernel_set import DrawRules, HeadLayout
 from ridgewalk.kernels.torch_kernels import TorchKernels
 
 
@@ -19,38 +18,11 @@ class TritonKernels(TorchKernels):
     name = "triton"
     takes_padding = True
 
-    def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-        """See `KernelSet.rms_norm`."""
-        return triton_layer.rms_norm(x, weight, eps)
-
-    def add_rms_norm(self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-        """See `KernelSet.add_rms_norm`."""
-        return triton_layer.add_rms_norm(x, residual, weight, eps)
-
-    def silu_and_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
-        """See `KernelSet.silu_and_mul`."""
-        return triton_layer.silu_and_mul(gate_up)
-
-    def draw(self, logits: torch.Tensor, rules: DrawRules) -> torch.Tensor:
-        """See `KernelSet.draw`."""
-        return triton_draw.draw_tokens(logits, rules)
-
-    def rotate_and_cache(
-        self,
-        qkv: torch.Tensor,
-        heads: HeadLayout,
-        norm_weights: tuple[torch.Tensor, torch.Tensor] | None,
-        eps: float,
-        positions: torch.Tensor,
-        cos_sin: torch.Tensor,
-        key_cache: torch.Tensor,
-        value_cache: torch.Tensor,
-        slot_mapping: torch.Tensor,
-    ) -> torch.Tensor:
-        """See `KernelSet.rotate_and_cache`."""
-        return triton_layer.rotate_and_cache(
-            qkv, heads, norm_weights, eps, positions, cos_sin, key_cache, value_cache, slot_mapping
-        )
+    rms_norm = staticmethod(triton_layer.rms_norm)
+    add_rms_norm = staticmethod(triton_layer.add_rms_norm)
+    silu_and_mul = staticmethod(triton_layer.silu_and_mul)
+    rotate_and_cache = staticmethod(triton_layer.rotate_and_cache)
+    draw = staticmethod(triton_draw.draw_tokens)
 
     def attention(
         self,

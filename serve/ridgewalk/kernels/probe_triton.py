@@ -38,7 +38,7 @@ def probe_triton(
     Python's header files.
     """
     try:
-        from ridgewalk.kernels.cuda_kernels import TritonKernels  # Triton may be missing
+        from ridgewalk.kernels.cuda_kernels import TritonKernels  # CPU ranks have no Triton, others may lack it
 
         if _agree(TritonKernels(), heads, dtype, block_size, device):
             return TritonKernels(fp8_linear)
