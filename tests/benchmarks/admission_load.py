@@ -7,9 +7,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
 from ridgewalk.bench.lengths import LogNormalLengths
+from ridgewalk.engine.output_lengths import Array, Integers
 from ridgewalk.engine.request import Request
 from ridgewalk.engine.sampling import SamplingParams
 from ridgewalk.engine.scheduler_config import SchedulerConfig
@@ -94,14 +94,14 @@ class Oracle:
     def __init__(self, lengths: Lengths) -> None:
         self._lengths = lengths
 
-    def limit(self, request: Request) -> int:
-        """The length itself."""
-        return self._lengths.of(request)
+    def limits(self, requests: Sequence[Request]) -> list[int]:
+        """The lengths themselves."""
+        return [self._lengths.of(request) for request in requests]
 
     def refresh(self, running: Sequence[Request]) -> None:
         """Nothing to learn."""
 
-    def survival(self, requests: Sequence[Request], times: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
+    def survival(self, requests: Sequence[Request], written: Integers, times: Integers) -> Array:
         """Alive until the limit."""
         return np.ones((len(requests), len(times)))
 

@@ -31,7 +31,7 @@ def ended(num_output: int, reason: FinishReason = FinishReason.STOP, **fields: o
 
 
 def chance(lengths: OutputLengths, of: Request, more: int) -> float:
-    return float(lengths.survival([of], np.array([more]))[0, 0])
+    return float(lengths.survival([of], np.array([of.num_output_tokens]), np.array([more]))[0, 0])
 
 
 def learned(*requests: Request, running: tuple[Request, ...] = ()) -> OutputLengths:

@@ -21,6 +21,7 @@ from ridgewalk.engine.length_class import LengthClass
 from ridgewalk.engine.request import FinishReason, Request
 
 Array = npt.NDArray[np.float64]
+Integers = npt.NDArray[np.integer]
 
 PRIOR_WEIGHT = 1.0
 """Requests that the prior counts as, where nothing has been seen."""
@@ -51,16 +52,16 @@ def length_grid(longest: int, step: int = 16, growth: float = 1.125) -> npt.NDAr
 class LengthModel(Protocol):
     """What admission asks about the lengths of outputs."""
 
-    def limit(self, request: Request) -> int:
-        """Output tokens that the request can have at most."""
+    def limits(self, requests: Sequence[Request]) -> list[int]:
+        """Output tokens that each request can have at most."""
         ...
 
     def refresh(self, running: Sequence[Request]) -> None:
         """Take in what runs now: it says how long outputs are at least."""
         ...
 
-    def survival(self, requests: Sequence[Request], times: npt.NDArray[np.int64]) -> Array:
-        """``[len(requests), len(times)]``: chance that a request, given what it has, writes over so many more."""
+    def survival(self, requests: Sequence[Request], written: Integers, times: Integers) -> Array:
+        """``[len(requests), len(times)]``: chance that a request with so many ``written`` writes over so many more."""
         ...
 
     def observe(self, request: Request) -> None:
@@ -79,9 +80,9 @@ class OutputLengths:
         self._curves: dict[LengthClass, Array] = {}
         self._num_ended = 0
 
-    def limit(self, request: Request) -> int:
+    def limits(self, requests: Sequence[Request]) -> list[int]:
         """``max_tokens``."""
-        return request.sampling.max_tokens
+        return [request.sampling.max_tokens for request in requests]
 
     def observe(self, request: Request) -> None:
         """Count a request that ended."""
@@ -108,7 +109,7 @@ class OutputLengths:
 
     def refresh(self, running: Sequence[Request]) -> None:
         """Estimate anew, with what runs now as censored."""
-        self.refresh_with((each.length_class, each.num_resumed_tokens, each.num_output_tokens) for each in running)
+        self.refresh_with([(each.length_class, each.num_resumed_tokens, each.num_output_tokens) for each in running])
 
     def refresh_with(self, running: Iterable[tuple[LengthClass, int, int]]) -> None:
         """As `refresh`: class, tokens that it came with, and tokens so far, of each output."""
@@ -127,7 +128,7 @@ class OutputLengths:
                 self._seen[key][_CENSORED] += censored
         self._curves = {}
 
-    def survival(self, requests: Sequence[Request], times: npt.NDArray[np.int64]) -> Array:
+    def survival(self, requests: Sequence[Request], written: Integers, times: Integers) -> Array:
         """As `LengthModel`. A request without stop tokens is taken to run to its limit."""
         alive = np.ones((len(requests), len(times)))
         by_class: dict[LengthClass, list[int]] = {}
@@ -136,7 +137,7 @@ class OutputLengths:
                 by_class.setdefault(request.length_class, []).append(index)
         for kind, rows in by_class.items():
             curve = self.curve(kind)
-            have = np.array([requests[row].num_output_tokens for row in rows])
+            have = written[rows]
             now = np.interp(have, self.edges, curve)
             then = np.interp(have[:, None] + times[None, :], self.edges, curve)
             alive[rows] = then / np.maximum(now, 1e-12)[:, None]
