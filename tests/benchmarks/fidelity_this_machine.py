@@ -3,8 +3,8 @@
     python -m tests.benchmarks.fidelity_this_machine FOLDER [--hardware FILE] [--repeats 3] [--out FILE]
 
 Calibrates first unless a hardware file is given. FOLDER gets the checkpoints `q50m` and `moe`. Placements of a model
-take turns. A measured run counts only while other programs take little of the cores; of those that count, the median is
-compared.
+take turns. A measured run counts only while other programs take little of the cores, and is repeated at once where they
+took more; the medians are compared.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ QUIET = 0.05
 WARM_UP = 3
 """Requests that are not measured, before those that are."""
 
-ATTEMPTS = 2
+ATTEMPTS = 3
 """For each run that shall count."""
 
 
@@ -66,6 +66,11 @@ class Run(msgspec.Struct, frozen=True):
     others: float  # share of the cores that other programs took
     round: int  # of the placements' turns
 
+    @property
+    def counts(self) -> bool:
+        """Other programs took little."""
+        return self.others <= QUIET
+
 
 class Measured(msgspec.Struct, frozen=True):
     """Runs of one placement with so much KV."""
@@ -74,7 +79,11 @@ class Measured(msgspec.Struct, frozen=True):
     placement: str
     kv_tokens: int
     runs: list[Run]
-    quiet: bool  # all of them count
+
+    @property
+    def quiet(self) -> bool:
+        """All of them count."""
+        return all(run.counts for run in self.runs)
 
     @property
     def tokens_per_s(self) -> float:
@@ -145,6 +154,7 @@ class Replicas:
         context = multiprocessing.get_context("spawn")
         self._ends: list[Connection] = []
         self._processes = []
+        self._num_runs = 0
         for replica in range(shape.replicas):
             own, others = context.Pipe()
             process = context.Process(target=_serve, args=(config, replica, shape.replicas, others))
@@ -157,8 +167,9 @@ class Replicas:
     def run(self, turn: int) -> Run:
         """The whole load, each replica with its share."""
         busy, own = _busy_s(), self._own_s()
+        self._num_runs += 1
         for end in self._ends:
-            end.send(turn)
+            end.send((self._num_runs, turn))
         told = [end.recv() for end in self._ends]
         seconds = max(each["end"] for each in told) - min(each["begin"] for each in told)
         others = (_busy_s() - busy - (self._own_s() - own)) / seconds / psutil.cpu_count()
@@ -188,8 +199,9 @@ def _serve(config: EngineConfig, replica: int, replicas: int, end: Connection) -
     sampling = [SamplingParams(max_tokens=each.output_length, temperature=0.0) for each in share]
     with OfflineEngine(config, spawn=True) as engine:
         end.send("ready")
-        while (turn := end.recv()) is not None:
-            rng = random.Random(f"{turn}-{replica}")  # prompts of an earlier run would be found in the prefix cache
+        while (told := end.recv()) is not None:
+            number, turn = told
+            rng = random.Random(f"{number}-{replica}")  # prompts of an earlier run would be found in the prefix cache
             count = WARM_UP if turn < 0 else len(share)
             prompts = [[rng.randrange(VOCABULARY) for _ in range(PROMPT)] for _ in range(count)]
             before = _counts(engine)
@@ -212,29 +224,24 @@ def _counts(engine: OfflineEngine) -> tuple[int, int]:
     return counters.num_preemptions, counters.recomputed_tokens
 
 
-def measure(placements: Mapping[str, Replicas], repeats: int) -> dict[str, tuple[list[Run], bool]]:
-    """For each, runs that count, or if there are too few the quietest ones; and whether there were enough.
-
-    Placements take turns: a machine that is slower for a while is so for all of them.
-    """
+def measure(placements: Mapping[str, Replicas], repeats: int) -> dict[str, list[Run]]:
+    """Placements take turns: a machine that is slower for a while is so for all of them."""
     runs: dict[str, list[Run]] = {name: [] for name in placements}
     for replicas in placements.values():
         replicas.run(turn=-1)
-    for attempt in range(ATTEMPTS * repeats):
+    for turn in range(repeats):
         for name, replicas in placements.items():
-            if len(_counting(runs[name])) < repeats:
-                _await_quiet()
-                runs[name].append(replicas.run(attempt))
-    return {
-        name: (counting, True)
-        if len(counting := _counting(some)) == repeats
-        else (sorted(some, key=lambda run: run.others)[:repeats], False)
-        for name, some in runs.items()
-    }
+            runs[name].append(_quiet_run(replicas, turn))
+    return runs
 
 
-def _counting(runs: Sequence[Run]) -> list[Run]:
-    return [run for run in runs if run.others <= QUIET]
+def _quiet_run(replicas: Replicas, turn: int) -> Run:
+    """The first of some attempts that counts, or the quietest. All at once: later the pace may be another."""
+    attempts: list[Run] = []
+    while len(attempts) < ATTEMPTS and not any(run.counts for run in attempts):
+        _await_quiet()
+        attempts.append(replicas.run(turn))
+    return min(attempts, key=lambda run: run.others)
 
 
 def _await_quiet(patience_s: float = 10.0) -> None:
@@ -261,8 +268,8 @@ def measure_all(folder: Path, models: Sequence[str], only: Sequence[str], repeat
                     running[name] = Replicas(folder / model, spec, parse_placement(name), kv_tokens)
                     stack.callback(running[name].close)
                 told = measure(running, repeats)
-            for name, (runs, quiet) in told.items():
-                found.append(Measured(model, name, kv_tokens, runs, quiet))
+            for name, runs in told.items():
+                found.append(Measured(model, name, kv_tokens, runs))
                 print(found[-1], file=sys.stderr, flush=True)
     return found
 
@@ -285,11 +292,7 @@ def together(measured: Sequence[Measured]) -> list[Measured]:
     for each in measured:
         key = each.model, each.placement, each.kv_tokens
         before = found.get(key)
-        found[key] = (
-            each
-            if before is None
-            else msgspec.structs.replace(before, runs=before.runs + each.runs, quiet=before.quiet and each.quiet)
-        )
+        found[key] = each if before is None else msgspec.structs.replace(before, runs=before.runs + each.runs)
     return list(found.values())
 
 
