@@ -11,7 +11,7 @@ Where a class has seen little, its hazard leans on that of the wider class, and 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -78,6 +78,7 @@ class OutputLengths:
         self._counts: dict[tuple[object, ...], Array] = {(): self._no_counts()}  # entered, stopped, censored by bucket
         self._seen = dict(self._counts)  # with what runs now
         self._curves: dict[LengthClass, Array] = {}
+        self._priors: dict[int, Array] = {}  # by exponent
         self._num_ended = 0
 
     def limits(self, requests: Sequence[Request]) -> list[int]:
@@ -109,13 +110,20 @@ class OutputLengths:
 
     def refresh(self, running: Sequence[Request]) -> None:
         """Estimate anew, with what runs now as censored."""
-        self.refresh_with([(each.length_class, each.num_resumed_tokens, each.num_output_tokens) for each in running])
+        opened: dict[LengthClass, list[tuple[int, int]]] = {}
+        for each in running:
+            written = len(each.token_ids) - each.num_prompt_tokens
+            opened.setdefault(each.length_class, []).append((each.num_resumed_tokens, written))
+        self._take_in(opened)
 
     def refresh_with(self, running: Iterable[tuple[LengthClass, int, int]]) -> None:
         """As `refresh`: class, tokens that it came with, and tokens so far, of each output."""
         opened: dict[LengthClass, list[tuple[int, int]]] = {}
         for kind, first, last in running:
             opened.setdefault(kind, []).append((first, last))
+        self._take_in(opened)
+
+    def _take_in(self, opened: Mapping[LengthClass, Sequence[tuple[int, int]]]) -> None:
         self._seen = dict(self._counts)
         added: set[tuple[object, ...]] = set()
         for kind, lengths in opened.items():
@@ -154,17 +162,23 @@ class OutputLengths:
 
         From the widest class to the narrowest, each adding what the next does not hold itself.
         """
-        starts, widths = self.edges[:-1], np.diff(self.edges)
-        passed = np.maximum(0.0, 1.0 - widths / np.maximum(2.0**kind.max_tokens - starts, 1.0))
-        hazard = 1.0 - passed**PRIOR_SHAPE
-        weight = np.full_like(hazard, PRIOR_WEIGHT)
+        hazard, weight = self._prior(kind.max_tokens), np.array(PRIOR_WEIGHT)
         seen = [self._seen[key] for key in kind.lineage if key in self._seen]
         for index, counts in enumerate(seen):
             own = counts - seen[index + 1] if index + 1 < len(seen) else counts
             left = own[_STOPPED] + own[_CENSORED]
-            at_risk = np.cumsum(own[_ENTERED]) - np.cumsum(left) + left - own[_CENSORED] / 2
+            at_risk = np.cumsum(own[_ENTERED] - left) + left - own[_CENSORED] / 2
             hazard = (own[_STOPPED] + weight * hazard) / (at_risk + weight)
             weight = np.minimum(weight + at_risk, BACKOFF_WEIGHT)
+        return hazard
+
+    def _prior(self, max_tokens: int) -> Array:
+        """The hazard before anything is seen; of 2 to the power of ``max_tokens``."""
+        hazard = self._priors.get(max_tokens)
+        if hazard is None:
+            starts, widths = self.edges[:-1], np.diff(self.edges)
+            passed = np.maximum(0.0, 1.0 - widths / np.maximum(2.0**max_tokens - starts, 1.0))
+            hazard = self._priors[max_tokens] = 1.0 - passed**PRIOR_SHAPE
         return hazard
 
     def _count(self, lengths: Sequence[int]) -> npt.NDArray[np.int64]:
