@@ -3,8 +3,8 @@
     python -m tests.benchmarks.fidelity_this_machine FOLDER [--hardware FILE] [--repeats 3] [--out FILE]
 
 Calibrates first unless a hardware file is given. FOLDER gets the checkpoints `q50m` and `moe`. Placements of a model
-take turns. A measured run counts only while other programs take little of the cores, and is repeated at once where they
-took more; the medians are compared.
+take turns. A measured run is repeated at once, twice at most, where other programs took more than a little of the
+cores; the quietest stands, the table says where it was disturbed too, and medians are compared.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ WARM_UP = 3
 """Requests that are not measured, before those that are."""
 
 ATTEMPTS = 3
-"""For each run that shall count."""
+"""At most, until one is quiet."""
 
 
 class Run(msgspec.Struct, frozen=True):
@@ -65,6 +65,7 @@ class Run(msgspec.Struct, frozen=True):
     recomputed_tokens: int
     others: float  # share of the cores that other programs took
     round: int  # of the placements' turns
+    attempts: int = 1  # that it is the quietest of
 
     @property
     def counts(self) -> bool:
@@ -154,7 +155,6 @@ class Replicas:
         context = multiprocessing.get_context("spawn")
         self._ends: list[Connection] = []
         self._processes = []
-        self._num_runs = 0
         for replica in range(shape.replicas):
             own, others = context.Pipe()
             process = context.Process(target=_serve, args=(config, replica, shape.replicas, others))
@@ -164,12 +164,11 @@ class Replicas:
         for end in self._ends:
             end.recv()
 
-    def run(self, turn: int) -> Run:
-        """The whole load, each replica with its share."""
+    def run(self, turn: int, attempt: int = 0) -> Run:
+        """The whole load, each replica with its share; the prompts follow from turn and attempt."""
         busy, own = _busy_s(), self._own_s()
-        self._num_runs += 1
         for end in self._ends:
-            end.send((self._num_runs, turn))
+            end.send((turn, attempt))
         told = [end.recv() for end in self._ends]
         seconds = max(each["end"] for each in told) - min(each["begin"] for each in told)
         others = (_busy_s() - busy - (self._own_s() - own)) / seconds / psutil.cpu_count()
@@ -200,8 +199,9 @@ def _serve(config: EngineConfig, replica: int, replicas: int, end: Connection) -
     with OfflineEngine(config, spawn=True) as engine:
         end.send("ready")
         while (told := end.recv()) is not None:
-            number, turn = told
-            rng = random.Random(f"{number}-{replica}")  # prompts of an earlier run would be found in the prefix cache
+            turn, attempt = told
+            # Prompts of an earlier run would be found in the prefix cache.
+            rng = random.Random(f"{turn}-{attempt}-{replica}")
             count = WARM_UP if turn < 0 else len(share)
             prompts = [[rng.randrange(VOCABULARY) for _ in range(PROMPT)] for _ in range(count)]
             before = _counts(engine)
@@ -225,7 +225,7 @@ def _counts(engine: OfflineEngine) -> tuple[int, int]:
 
 
 def measure(placements: Mapping[str, Replicas], repeats: int) -> dict[str, list[Run]]:
-    """Placements take turns: a machine that is slower for a while is so for all of them."""
+    """Of each, a run in every turn: a machine that is slower for a while is so for all of them."""
     runs: dict[str, list[Run]] = {name: [] for name in placements}
     for replicas in placements.values():
         replicas.run(turn=-1)
@@ -240,8 +240,9 @@ def _quiet_run(replicas: Replicas, turn: int) -> Run:
     attempts: list[Run] = []
     while len(attempts) < ATTEMPTS and not any(run.counts for run in attempts):
         _await_quiet()
-        attempts.append(replicas.run(turn))
-    return min(attempts, key=lambda run: run.others)
+        attempts.append(replicas.run(turn, len(attempts)))
+    quietest = min(attempts, key=lambda run: run.others)
+    return msgspec.structs.replace(quietest, attempts=len(attempts))
 
 
 def _await_quiet(patience_s: float = 10.0) -> None:
@@ -315,7 +316,7 @@ def line(row: Row) -> str:
     measured = row.measured
     preempted = statistics.median(run.preemptions for run in measured.runs)
     runs = ", ".join(f"{run.tokens_per_s:.0f}" for run in measured.runs)
-    note = "" if measured.quiet else f"disturbed: others took up to {max(run.others for run in measured.runs):.0%}"
+    note = "" if measured.quiet else f"disturbed: others took up to {max(run.others for run in measured.runs):.1%}"
     return (
         f"| {measured.model} | {measured.placement} | {measured.kv_tokens:,} | {row.predicted:.0f} | "
         f"{measured.tokens_per_s:.0f} ({runs}) | {row.error:+.0%} | {row.preemptions} | {preempted:.0f} | {note} |"

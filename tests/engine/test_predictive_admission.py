@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -74,6 +76,24 @@ def test_a_resumed_request_says_nothing_of_the_lengths_that_it_came_with() -> No
     short = [ended(100) for _ in range(20)]
     lengths = learned(*short, *(ended(900, resumed=600) for _ in range(200)))
     assert chance(lengths, request(0), 200) < 0.1
+
+
+def test_lengths_told_by_others_are_estimated_like_those_of_requests() -> None:
+    running = [request(40, resumed=10), request(900), request(7, num_prompt=5), request(300, num_prompt=5)]
+    of_requests, of_others = learned(ended(120), running=tuple(running)), learned(ended(120))
+    of_others.refresh_with((each.length_class, each.num_resumed_tokens, each.num_output_tokens) for each in running)
+    for each in running:
+        assert (of_requests.curve(each.length_class) == of_others.curve(each.length_class)).all()
+
+
+def test_of_many_requests_each_has_its_own_chances() -> None:
+    lengths = learned(ended(120), ended(700), ended(30, num_prompt=5))
+    unstoppable = SamplingParams(max_tokens=4096)
+    asked = [request(40), request(7, num_prompt=5), request(900), request(12, sampling=unstoppable)]
+    times = np.array([0, 3, 200, 5000], dtype=np.int32)
+    together = lengths.survival(asked, np.array([each.num_output_tokens for each in asked], dtype=np.int32), times)
+    assert together.tolist() == [[chance(lengths, each, int(more)) for more in times] for each in asked]
+    assert together[3].tolist() == [1.0] * 4
 
 
 def test_a_class_that_has_seen_little_leans_on_the_wider_one() -> None:
@@ -177,15 +197,17 @@ def test_the_head_of_the_queue_begins_when_its_group_is_idle_whatever_is_predict
     """And nobody passes it: so it waits no longer than the longest of those that run before it."""
 
     class Pessimist(OutputLengths):
-        def limit(self, request: Request) -> int:
-            return 10**6
+        def limits(self, requests: Sequence[Request]) -> list[int]:
+            return [10**6] * len(requests)
 
     core = make_core()
     core.scheduler.admission = PredictiveAdmission(core.scheduler.config, Pessimist(128))
     requests = [add(core, 30, 20) for _ in range(4)]
     order: list[Request] = []
     for _ in range(4 * 23):
-        order += [each for each in requests if each.status.value == "running" and each not in order]
+        running = [each for each in requests if each.status.value == "running"]
+        assert len(running) <= 1  # two would fit, but for what is predicted
+        order += [each for each in running if each not in order]
         core.pump()
     assert order == requests
     assert not core.has_work

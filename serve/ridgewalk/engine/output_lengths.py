@@ -61,7 +61,10 @@ class LengthModel(Protocol):
         ...
 
     def survival(self, requests: Sequence[Request], written: Integers, times: Integers) -> Array:
-        """``[len(requests), len(times)]``: chance that a request with so many ``written`` writes over so many more."""
+        """``[len(requests), len(times)]``: chance that each request writes over so many more tokens.
+
+        ``written``: what each has so far, ``[len(requests)]``. Of 32 bits or more, as ``times``.
+        """
         ...
 
     def observe(self, request: Request) -> None:
@@ -70,7 +73,7 @@ class LengthModel(Protocol):
 
 
 class OutputLengths:
-    """Learns online. Memory is bounded: `MAX_CLASSES` times three numbers a bucket."""
+    """Learns online. Memory is bounded: `MAX_CLASSES` times three numbers a bucket, and a prior for each power of 2."""
 
     def __init__(self, max_model_len: int) -> None:
         self._grid = length_grid(max_model_len)
@@ -167,7 +170,7 @@ class OutputLengths:
         for index, counts in enumerate(seen):
             own = counts - seen[index + 1] if index + 1 < len(seen) else counts
             left = own[_STOPPED] + own[_CENSORED]
-            at_risk = np.cumsum(own[_ENTERED] - left) + left - own[_CENSORED] / 2
+            at_risk = np.cumsum(own[_ENTERED]) - np.cumsum(left) + left - own[_CENSORED] / 2
             hazard = (own[_STOPPED] + weight * hazard) / (at_risk + weight)
             weight = np.minimum(weight + at_risk, BACKOFF_WEIGHT)
         return hazard
