@@ -114,7 +114,7 @@ class OutputLengths:
     def refresh(self, running: Sequence[Request]) -> None:
         """Estimate anew, with what runs now as censored."""
         opened: dict[LengthClass, list[tuple[int, int]]] = {}
-        for each in running:
+        for each in running:  # not by way of `refresh_with`, which takes a quarter longer: due whenever one ends
             written = len(each.token_ids) - each.num_prompt_tokens
             opened.setdefault(each.length_class, []).append((each.num_resumed_tokens, written))
         self._take_in(opened)
@@ -165,7 +165,7 @@ class OutputLengths:
 
         From the widest class to the narrowest, each adding what the next does not hold itself.
         """
-        hazard, weight = self._prior(kind.max_tokens), np.array(PRIOR_WEIGHT)
+        hazard, weight = self._prior(kind.max_tokens), np.float64(PRIOR_WEIGHT)
         seen = [self._seen[key] for key in kind.lineage if key in self._seen]
         for index, counts in enumerate(seen):
             own = counts - seen[index + 1] if index + 1 < len(seen) else counts
